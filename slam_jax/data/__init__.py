@@ -1,0 +1,1 @@
+"""Host-side data: numpy in and out."""

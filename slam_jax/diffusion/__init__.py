@@ -1,0 +1,1 @@
+"""The maths of diffusion: arrays in, arrays out."""

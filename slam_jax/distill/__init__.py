@@ -1,0 +1,1 @@
+"""The method: the SPLAM loss and its train step."""

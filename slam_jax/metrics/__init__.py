@@ -1,0 +1,1 @@
+"""Features and images as arrays in, numbers out."""

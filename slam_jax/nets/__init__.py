@@ -1,0 +1,1 @@
+"""Stable Diffusion's networks as Flax Linen modules, NHWC."""

@@ -1,0 +1,89 @@
+"""Blocks that the UNet and the VAE share: residual block, down- and upsampling. NHWC.
+
+Submodules carry diffusers' names, dots included, so a parameter's torch name is its
+path joined with dots (weights/names.py).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def group_norm(num_groups: int, epsilon: float, dtype, name: str) -> nn.GroupNorm:
+    """GroupNorm as torch computes it: statistics in float32, two-pass variance."""
+    return nn.GroupNorm(
+        num_groups=num_groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
+    )
+
+
+def conv3x3(channels: int, dtype, name: str, stride: int = 1) -> nn.Conv:
+    """3x3 convolution padded by one pixel on every side."""
+    return nn.Conv(
+        channels, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)), dtype=dtype, name=name
+    )
+
+
+def conv1x1(channels: int, dtype, name: str) -> nn.Conv:
+    """1x1 convolution."""
+    return nn.Conv(channels, (1, 1), padding="VALID", dtype=dtype, name=name)
+
+
+class ResnetBlock2D(nn.Module):
+    """norm-silu-conv twice, the time embedding added in between, plus the shortcut."""
+
+    out_channels: int
+    num_groups: int
+    epsilon: float
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W _"], time_embedding: Float[Array, "B _"] | None = None
+    ) -> Float[Array, "B H W _"]:
+        h = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm1")(x))
+        h = conv3x3(self.out_channels, self.dtype, "conv1")(h)
+        if time_embedding is not None:
+            shift = nn.Dense(self.out_channels, dtype=self.dtype, name="time_emb_proj")(
+                nn.silu(time_embedding)
+            )
+            h = h + shift[:, None, None, :]
+        h = nn.silu(group_norm(self.num_groups, self.epsilon, self.dtype, "norm2")(h))
+        h = conv3x3(self.out_channels, self.dtype, "conv2")(h)
+        if x.shape[-1] != self.out_channels:
+            x = conv1x1(self.out_channels, self.dtype, "conv_shortcut")(x)
+        return x + h
+
+
+class Downsample2D(nn.Module):
+    """Halves height and width by a strided 3x3 convolution.
+
+    padding: ((1, 1), (1, 1)) in the UNet, ((0, 1), (0, 1)) in the VAE's encoder.
+    """
+
+    channels: int
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W _"]) -> Float[Array, "B _ _ _"]:
+        return nn.Conv(
+            self.channels, (3, 3), strides=(2, 2), padding=self.padding, dtype=self.dtype,
+            name="conv",
+        )(x)  # fmt: skip
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour resize to `size` (twice the input's, unless odd sizes ask else), conv."""
+
+    channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B _ _ _"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "B _ _ _"]:
+        batch, height, width, channels = x.shape
+        height, width = size or (2 * height, 2 * width)
+        x = jax.image.resize(x, (batch, height, width, channels), "nearest")
+        return conv3x3(self.channels, self.dtype, "conv")(x)

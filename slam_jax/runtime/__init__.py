@@ -1,0 +1,1 @@
+"""The machine: devices, checkpoints, logs; knows nothing of the method."""
