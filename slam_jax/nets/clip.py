@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from slam_jax import errors, shapes
@@ -44,7 +45,8 @@ _INERT = {
     # token ids and the projection feed only the pooled output, which Stable Diffusion never reads
     "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim",
     # training and bookkeeping
-    "attention_dropout", "dropout", "initializer_factor", "initializer_range", "torch_dtype", "dtype",
+    "attention_dropout", "dropout", "initializer_factor", "initializer_range", "torch_dtype",
+    "dtype",
     "transformers_version", "return_dict", "output_hidden_states", "output_attentions",
     "gradient_checkpointing", "use_cache", "tie_word_embeddings", "id2label", "label2id",
     "problem_type", "is_encoder_decoder",
@@ -55,7 +57,7 @@ class CLIPAttention(nn.Module):
     """Masked multi-head self-attention, softmax in float32."""
 
     num_heads: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"]) -> shapes.Text:
@@ -76,7 +78,7 @@ class CLIPMLP(nn.Module):
 
     intermediate_size: int
     activation: Callable
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: shapes.Text) -> shapes.Text:
@@ -91,13 +93,13 @@ class CLIPEncoderLayer(nn.Module):
     intermediate_size: int
     activation: Callable
     epsilon: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"]) -> shapes.Text:
-        h = _layer_norm(self.epsilon, self.dtype, "layer_norm1")(x)
+        h = _layer_norm(x, self.epsilon, self.dtype, "layer_norm1")
         x = x + CLIPAttention(self.num_heads, self.dtype, name="self_attn")(h, mask)
-        h = _layer_norm(self.epsilon, self.dtype, "layer_norm2")(x)
+        h = _layer_norm(x, self.epsilon, self.dtype, "layer_norm2")
         return x + CLIPMLP(self.intermediate_size, self.activation, self.dtype, name="mlp")(h)
 
 
@@ -112,7 +114,7 @@ class CLIPTextModel(nn.Module):
     max_position_embeddings: int
     layer_norm_eps: float
     activation: Callable = quick_gelu
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, input_ids: shapes.TokenIds) -> shapes.Text:
@@ -123,7 +125,6 @@ class CLIPTextModel(nn.Module):
                 f"{length} tokens per prompt, but the text encoder has max_position_embeddings "
                 f"{self.max_position_embeddings}; set the tokenizer's model_max_length to it"
             )
-        # float32 master tables; the cast to the compute dtype comes after the lookup
         x = self._embedding(self.vocab_size, "token_embedding")(input_ids)
         x = x + self._embedding(self.max_position_embeddings, "position_embedding")(
             jnp.arange(length)[None]
@@ -138,7 +139,7 @@ class CLIPTextModel(nn.Module):
                 dtype=self.dtype,
                 name=f"text_model.encoder.layers.{i}",
             )(x, mask)
-        return _layer_norm(self.layer_norm_eps, self.dtype, "text_model.final_layer_norm")(x)
+        return _layer_norm(x, self.layer_norm_eps, self.dtype, "text_model.final_layer_norm")
 
     def _embedding(self, rows: int, name: str) -> nn.Embed:
         name = f"text_model.embeddings.{name}"
@@ -191,5 +192,7 @@ def _refuse_unbuilt(key: str, value) -> None:
         )
 
 
-def _layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+def _layer_norm(x: shapes.Text, epsilon: float, dtype, name: str) -> shapes.Text:
+    """LayerNorm in float32 whatever the compute dtype, as torch computes it."""
+    norm = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(dtype)
