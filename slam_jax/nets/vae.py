@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from slam_jax.errors import UserError
@@ -32,7 +33,7 @@ class Attention(nn.Module):
     """Single-head self-attention over all pixels, with a residual connection."""
 
     num_groups: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: _Features) -> _Features:
@@ -55,7 +56,7 @@ class MidBlock(nn.Module):
     channels: int
     num_groups: int
     attention: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: _Features) -> _Features:
@@ -74,7 +75,7 @@ class CodecBlock(nn.Module):
     num_groups: int
     downsample: bool = False
     upsample: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: _Features) -> _Features:
@@ -100,7 +101,7 @@ class Encoder(nn.Module):
     num_groups: int
     latent_channels: int
     mid_block_add_attention: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: _Features) -> _Features:
@@ -126,7 +127,7 @@ class Decoder(nn.Module):
     num_groups: int
     out_channels: int
     mid_block_add_attention: bool
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: _Features) -> _Features:
@@ -156,7 +157,7 @@ class AutoencoderKL(nn.Module):
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def setup(self):
         shared = dict(
@@ -208,7 +209,7 @@ _FIXED = {
 _INERT = ("sample_size", "scaling_factor", "force_upcast")
 
 
-def from_config(config: Mapping[str, Any], *, dtype: Any = jnp.float32) -> AutoencoderKL:
+def from_config(config: Mapping[str, Any], *, dtype: DTypeLike = jnp.float32) -> AutoencoderKL:
     """The module that a vae/config.json describes; UserError for what is not implemented."""
     fields = AutoencoderKL.__dataclass_fields__
     kwargs = {}
