@@ -4,27 +4,40 @@ Submodules carry diffusers' names, dots included, so a parameter's torch name is
 path joined with dots (weights/names.py).
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def group_norm(num_groups: int, epsilon: float, dtype, name: str) -> nn.GroupNorm:
-    """GroupNorm as torch computes it: statistics in float32, two-pass variance."""
-    return nn.GroupNorm(
-        num_groups=num_groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name
+def group_norm(
+    num_groups: int, epsilon: float, dtype: DTypeLike, name: str
+) -> Callable[[Float[Array, "B *_ C"]], Float[Array, "B *_ C"]]:
+    """GroupNorm as torch computes it: in float32, two-pass variance; the result is in `dtype`."""
+    norm = nn.GroupNorm(
+        num_groups, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name
     )
+    return lambda x: norm(x.astype(jnp.float32)).astype(dtype)
 
 
-def conv3x3(channels: int, dtype, name: str, stride: int = 1) -> nn.Conv:
+def layer_norm(
+    epsilon: float, dtype: DTypeLike, name: str
+) -> Callable[[Float[Array, "B *_ C"]], Float[Array, "B *_ C"]]:
+    """LayerNorm as torch computes it: in float32, two-pass variance; the result is in `dtype`."""
+    norm = nn.LayerNorm(epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return lambda x: norm(x.astype(jnp.float32)).astype(dtype)
+
+
+def conv3x3(channels: int, dtype: DTypeLike, name: str, stride: int = 1) -> nn.Conv:
     """3x3 convolution padded by one pixel on every side."""
     return nn.Conv(
         channels, (3, 3), strides=(stride, stride), padding=((1, 1), (1, 1)), dtype=dtype, name=name
     )
 
 
-def conv1x1(channels: int, dtype, name: str) -> nn.Conv:
+def conv1x1(channels: int, dtype: DTypeLike, name: str) -> nn.Conv:
     """1x1 convolution."""
     return nn.Conv(channels, (1, 1), padding="VALID", dtype=dtype, name=name)
 
@@ -35,7 +48,7 @@ class ResnetBlock2D(nn.Module):
     out_channels: int
     num_groups: int
     epsilon: float
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -63,7 +76,7 @@ class Downsample2D(nn.Module):
 
     channels: int
     padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W _"]) -> Float[Array, "B _ _ _"]:
@@ -74,16 +87,19 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Nearest-neighbour resize to `size` (twice the input's, unless odd sizes ask else), conv."""
+    """Nearest-neighbour resize, then convolution.
+
+    size: height and width, each twice the input's (the default) or one less.
+    """
 
     channels: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B _ _ _"], size: tuple[int, int] | None = None
     ) -> Float[Array, "B _ _ _"]:
-        batch, height, width, channels = x.shape
-        height, width = size or (2 * height, 2 * width)
-        x = jax.image.resize(x, (batch, height, width, channels), "nearest")
+        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
+        # Row i comes from row i // 2: torch's rule too, for an even and for an odd size.
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)[:, :height, :width]
         return conv3x3(self.channels, self.dtype, "conv")(x)
