@@ -1,0 +1,95 @@
+"""Few-step consistency sampling and the teacher's DDIM sampling, each one scan over its times."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from slam_jax.diffusion import guidance, parameterization, solver
+from slam_jax.diffusion.parameterization import Prediction
+from slam_jax.diffusion.schedule import Schedule
+from slam_jax.errors import UserError
+from slam_jax.shapes import Coeff, Latent, Text, Timestep
+
+
+def few_step_times(
+    num_steps: int, original_steps: int = 50, num_timesteps: int = 1000
+) -> Int[Array, "S"]:
+    """Times that the student visits, as in diffusers >= 0.24: 4 -> 999, 759, 499, 259.
+
+    Taken from the grid it was trained on, `original_steps` times ending at the last.
+    """
+    if not 1 <= num_steps <= original_steps:
+        raise UserError(f"{num_steps} sampling steps: choose from 1 to {original_steps}")
+    grid = solver.start_grid(original_steps, num_timesteps)
+    visited = np.floor(np.linspace(0, original_steps, num_steps, endpoint=False))
+    return grid[::-1][visited.astype(np.int32)]
+
+
+def ddim_times(
+    num_steps: int, original_steps: int = 50, num_timesteps: int = 1000
+) -> Int[Array, "S"]:
+    """Times for the teacher: the student's, so that both start at the last and are comparable."""
+    return few_step_times(num_steps, original_steps, num_timesteps)
+
+
+def _levels(
+    schedule: Schedule, times: Int[Array, "S"]
+) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
+    """(alpha, sigma) with which x is formed at each time; at the first it is noise alone."""
+    return schedule.alpha[times].at[0].set(0.0), schedule.sigma[times].at[0].set(1.0)
+
+
+def consistency_sample(
+    net: Callable[[Latent, Timestep, Text, Coeff], Latent],
+    schedule: Schedule,
+    prediction: Prediction,
+    times: Int[Array, "S"],
+    noise: Float[Array, "S B h w C"],
+    text: Text,
+) -> Latent:
+    """Multistep consistency sampling with gamma = 1 (METHOD.md §4) -> x_0; no guidance.
+
+    net(x, t, text, gamma) is the raw network. noise[0] is where sampling starts, noise[i] the
+    fresh noise with which step i begins.
+    """
+    batch = text.shape[0]
+    gamma = jnp.ones((batch, 1, 1, 1))
+
+    def step(x_0, inputs):
+        time, alpha, sigma, fresh = inputs
+        x = alpha * x_0 + sigma * fresh
+        t = jnp.full((batch,), time)
+        x_0hat = prediction.to_x0(x, net(x, t, text, gamma), *schedule(t))
+        return parameterization.consistency(x, x_0hat, t), None
+
+    start = jnp.zeros_like(noise[0])
+    x_0, _ = jax.lax.scan(step, start, (times, *_levels(schedule, times), noise))
+    return x_0
+
+
+def ddim_sample(
+    teacher: Callable[[Latent, Timestep, Text], Latent],
+    schedule: Schedule,
+    prediction: Prediction,
+    times: Int[Array, "S"],
+    x_T: Latent,
+    text: Text,
+    null_text: guidance.NullText,
+    w: float,
+) -> Latent:
+    """Guided DDIM from noise x_T through `times` (falling) to x_0; w = 0 is conditional only."""
+    batch = text.shape[0]
+
+    def step(carry, inputs):
+        time, alpha, sigma = inputs
+        x = solver.ddim_step(*carry, alpha, sigma)
+        t = jnp.full((batch,), time)
+        x_0hat_eps = guidance.guided(teacher, x, t, text, null_text, w, schedule, prediction)
+        return x_0hat_eps, None
+
+    start = (jnp.zeros_like(x_T), x_T)
+    (x_0, _), _ = jax.lax.scan(step, start, (times, *_levels(schedule, times)))
+    return x_0
