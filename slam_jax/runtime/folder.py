@@ -1,0 +1,93 @@
+"""The run folder: its config.json, the code's revision, and whether a run may go on in it."""
+
+import datetime
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slam_jax.errors import UserError
+
+CONFIG = "config.json"
+REVISION = "revision.txt"
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the folder and a file in it, which is removed again; UserError if that fails."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to workdir {workdir}: {error.strerror}; choose another --workdir"
+        ) from None
+
+
+def check_same(workdir: Path, settings: Mapping[str, Any], free: Sequence[str]) -> None:
+    """Refuses settings that differ from those the run was started with, `free` keys excepted.
+
+    A free key stands for its group too: "eval" frees eval.every_steps.
+    """
+    try:
+        before = dict(_leaves(json.loads((workdir / CONFIG).read_text())))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{workdir} holds checkpoints but no readable {CONFIG} ({error}); "
+            "choose another --workdir"
+        ) from None
+    after = dict(_leaves(json.loads(json.dumps(settings))))
+    for key in sorted(before.keys() | after.keys()):
+        if any(key == name or key.startswith(f"{name}.") for name in free):
+            continue
+        old, new = (json.dumps(values[key]) if key in values else "absent" for values in
+                    (before, after))  # fmt: skip
+        if old != new:
+            raise UserError(
+                f"{workdir} was trained with {key}={old} and now asks for {key}={new}; "
+                "give the old value or choose another --workdir"
+            )
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def start(workdir: Path, settings: Mapping[str, Any]) -> None:
+    """Writes config.json, and adds a line with the time and the code's revision."""
+    write_atomic(workdir / CONFIG, (json.dumps(settings, indent=2) + "\n").encode())
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    with open(workdir / REVISION, "a") as file:
+        file.write(f"{now} {revision()}\n")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all, whenever the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def revision() -> str:
+    """The git commit of this code, "+changes" if the working tree differs, or "unknown"."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

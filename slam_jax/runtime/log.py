@@ -1,0 +1,102 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events and a progress bar."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS = "metrics.jsonl"
+
+
+class Log(NamedTuple):
+    """Open ends of the log: the metrics file, the TensorBoard writer and the bar."""
+
+    lines: TextIO
+    events: SummaryWriter
+    bar: tqdm
+
+
+def bar(step: int, num_steps: int) -> tqdm:
+    """A progress bar over the training steps; the time to come is counted from `step` on."""
+    return tqdm(
+        total=num_steps, initial=step, dynamic_ncols=True, mininterval=0.5, desc="starting",
+        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+        "[{elapsed}<{remaining}{postfix}]",
+    )  # fmt: skip
+
+
+def start(workdir: Path, step: int, progress: tqdm) -> Log:
+    """Opens the log of a run that stands at `step`; later lines, and a half-written one, go."""
+    path = workdir / METRICS
+    _truncate(path, step)
+    events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
+    return Log(open(path, "a"), events, progress)
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keeps the lines of steps <= `step`, in place: a kill midway loses none of them."""
+    if not path.exists():
+        return
+    kept = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            kept += len(line)
+    with open(path, "r+b") as file:
+        file.truncate(kept)
+
+
+def write(log: Log, step: int, values: Mapping[str, float]) -> None:
+    """One line of metrics.jsonl, flushed, and the same as TensorBoard scalars."""
+    log.lines.write(json.dumps({"step": step, **values}) + "\n")
+    log.lines.flush()
+    for name, value in values.items():
+        log.events.add_scalar(name, value, step)
+
+
+def advance(log: Log, batch_size: int, loss: float) -> float:
+    """Moves the bar on by one step; returns the images per second, 0 before that is known."""
+    log.bar.update()
+    rate = (log.bar.format_dict["rate"] or 0.0) * batch_size
+    log.bar.set_postfix_str(f"{rate:.1f} images/s, loss {loss:.4g}", refresh=False)
+    return rate
+
+
+@contextlib.contextmanager
+def phase(progress: tqdm, name: str) -> Iterator[None]:
+    """Shows `name` on the bar, kept ticking, while something other than training goes on.
+
+    The time it takes counts neither in the images per second nor in the time to come.
+    """
+    finished = threading.Event()
+
+    def tick() -> None:
+        while not finished.wait(1.0):
+            progress.refresh()
+
+    before = progress.desc
+    progress.set_description_str(name)
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        ticker.join()
+        # tqdm measures its rate from here.
+        progress.last_print_t = time.time()
+        progress.set_description_str(before)
+
+
+def close(log: Log) -> None:
+    """Writes out what is left."""
+    log.lines.close()
+    log.events.close()
+    log.bar.close()

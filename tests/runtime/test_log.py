@@ -1,0 +1,61 @@
+"""The log: no step twice and none missing after a resume; a bar that never freezes."""
+
+import io
+import json
+import time
+
+import tqdm
+
+from slam_jax.runtime import log
+
+
+def _steps(workdir):
+    return [json.loads(line)["step"] for line in (workdir / log.METRICS).read_text().splitlines()]
+
+
+def _run(workdir, start, stop):
+    with log.bar(start, 10) as bar:
+        running = log.start(workdir, start, bar)
+        for step in range(start + 1, stop + 1):
+            log.write(running, step, {"loss": 0.5 * step})
+        log.close(running)
+
+
+def test_resume_drops_the_lines_after_its_step(tmp_path):
+    _run(tmp_path, 0, 6)
+    _run(tmp_path, 4, 10)
+    assert _steps(tmp_path) == list(range(1, 11))
+
+
+def test_resume_drops_a_half_written_line(tmp_path):
+    _run(tmp_path, 0, 3)
+    with open(tmp_path / log.METRICS, "a") as file:
+        file.write('{"step": 4, "lo')
+    _run(tmp_path, 3, 5)
+    assert _steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_starting_over_empties_the_file(tmp_path):
+    _run(tmp_path, 0, 3)
+    _run(tmp_path, 0, 1)
+    assert _steps(tmp_path) == [1]
+
+
+def test_lines_hold_the_values_and_events_are_written(tmp_path):
+    _run(tmp_path, 0, 1)
+    assert json.loads((tmp_path / log.METRICS).read_text()) == {"step": 1, "loss": 0.5}
+    (events,) = (tmp_path / "events").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+def test_phase_keeps_ticking_and_stays_out_of_the_rate():
+    screen = io.StringIO()
+    bar = tqdm.tqdm(total=100, file=screen, mininterval=0.0)
+    with log.phase(bar, "compiling the step"):
+        time.sleep(2.2)
+    assert screen.getvalue().count("compiling the step") >= 3
+    for _ in range(10):
+        time.sleep(0.01)
+        bar.update()
+    assert bar.format_dict["rate"] > 20
+    bar.close()

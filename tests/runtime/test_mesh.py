@@ -1,0 +1,69 @@
+"""Mesh and sharding rules, on four fake devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from slam_jax.errors import UserError
+from slam_jax.runtime import mesh
+
+AXES = (("data", -1),)
+
+
+def test_all_devices_form_the_mesh():
+    assert mesh.make(AXES).shape == {"data": 4}
+    assert mesh.make((("data", -1), ("model", 2))).shape == {"data": 2, "model": 2}
+
+
+def test_axes_must_use_every_device():
+    with pytest.raises(UserError, match="3 devices and 4 are present"):
+        mesh.make((("data", 3),))
+
+
+def test_first_matching_rule_wins():
+    tree = {"a": {"kernel": np.zeros((4, 8))}, "b": [np.zeros(3)]}
+    rules = ((".*/kernel", (None, "data")), (".*", ()))
+    found = mesh.shardings(tree, mesh.make(AXES), rules)
+    assert found["a"]["kernel"].spec == P(None, "data")
+    assert found["b"][0].spec == P()
+
+
+def test_path_without_a_rule_is_named():
+    with pytest.raises(UserError, match="'b/0'"):
+        mesh.shardings({"b": [np.zeros(3)]}, mesh.make(AXES), (("a/.*", ()),))
+
+
+@pytest.mark.parametrize(
+    "axes, rules, word",
+    [
+        ((("model", -1),), (), "named data"),
+        ((("data", -1), ("model", -1)), (), "at most one"),
+        (AXES, ((".*", ("model",)),), "'model'"),
+        (AXES, (("*", ()),), "not a regex"),
+    ],
+)
+def test_bad_rules_are_refused(axes, rules, word):
+    with pytest.raises(UserError, match=word):
+        mesh.check_rules(axes, rules)
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulate, use",
+    [(30, 1, "use 28 or 32"), (12, 2, "use 8 or 16"), (2, 1, "use 4")],
+)
+def test_indivisible_batch_is_refused_with_the_remedy(batch_size, accumulate, use):
+    with pytest.raises(UserError, match=f"batch_size {batch_size} .* 4 devices .*{use}$"):
+        mesh.check_batch(batch_size, 4, accumulate)
+
+
+def test_divisible_batch_passes():
+    mesh.check_batch(16, 4, 2)
+
+
+def test_every_microbatch_is_spread_over_all_devices():
+    images = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
+    put = mesh.put_batch({"image": images}, 2, mesh.make(AXES))["image"]
+    np.testing.assert_array_equal(put, images.reshape(2, 4, 3))
+    assert {shard.data.shape for shard in put.addressable_shards} == {(2, 1, 3)}
+    assert len({shard.device for shard in put.addressable_shards}) == jax.device_count() == 4
