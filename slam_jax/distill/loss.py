@@ -1,0 +1,164 @@
+"""The SPLAM loss (METHOD.md §1.11). With gamma = 1 throughout it is the LCM loss."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from slam_jax.diffusion import guidance, parameterization, subpath
+from slam_jax.diffusion.parameterization import Prediction
+from slam_jax.diffusion.schedule import Schedule
+from slam_jax.distill import teacher as teacher_walk
+from slam_jax.distill.gamma import GammaLaw, Progress
+from slam_jax.errors import UserError
+from slam_jax.shapes import Coeff, Latent, PerExample, PRNGKey, Text, Timestep
+
+# Raw networks: student and target take gamma, the teacher does not.
+StudentNet = Callable[[Latent, Timestep, Text, Coeff], Latent]
+TeacherNet = Callable[[Latent, Timestep, Text], Latent]
+
+
+class Method(NamedTuple):
+    """Everything that says which loss this is, networks and data aside."""
+
+    schedule: Schedule
+    prediction: Prediction
+    times: Int[Array, "N"]  # where sub-paths may start: solver.start_grid or solver.all_times
+    length: int  # of a sub-path, in training times: k
+    stride: int  # of the teacher's solver: k_phi; length / stride steps in all
+    w: float  # guidance weight, 0 = conditional only
+    sigma: Callable[[Coeff, Coeff, Coeff, Coeff, Coeff], Coeff]  # one of subpath.sigma_*
+    distance: Callable[[Latent, Latent], PerExample]
+    gamma_law: GammaLaw
+
+
+class Draw(NamedTuple):
+    """All that is random in the loss."""
+
+    index: Int[Array, "B"]  # which of Method.times
+    noise: Latent
+    gamma: Coeff
+
+
+class Terms(NamedTuple):
+    """Every intermediate value, in the order of the algorithm."""
+
+    t: Timestep
+    s: Timestep
+    x_t: Latent
+    x_s: Latent
+    x_gamma: Latent
+    sigma_gamma: Coeff
+    student_output: Latent
+    student_x0: Latent
+    f_student: Latent
+    target_output: Latent
+    f_target: Latent
+
+
+def checked(method: Method) -> Method:
+    """The method itself, or UserError if its sub-paths end where no target was ever trained."""
+    if method.stride < 1 or method.length < 1 or method.length % method.stride:
+        raise UserError(
+            f"length {method.length} must be a positive multiple of stride {method.stride}; "
+            "length = stride is one solver step"
+        )
+    times = np.asarray(method.times)
+    untrained = np.setdiff1d(np.maximum(times - method.length, 0), np.append(times, 0))
+    if untrained.size:
+        # In GAMMA.md §4 this costs a factor of four in error.
+        raise UserError(
+            f"length {method.length} leads from the {times.size} start times to others, where the "
+            f"student is never trained (such as {untrained[-1]}): make length a multiple of their "
+            f"spacing {np.diff(times).min(initial=times[0])}, or draw t from all times"
+        )
+    return method
+
+
+def draw_subpath(key: PRNGKey, x_0: Latent, method: Method, progress: Progress) -> Draw:
+    """Sub-paths, noises and gammas for a batch; `progress` of training in [0, 1]."""
+    subpath_key, noise_key, gamma_key = jax.random.split(key, 3)
+    batch = x_0.shape[0]
+    return Draw(
+        index=jax.random.randint(subpath_key, (batch,), 0, method.times.size),
+        noise=jax.random.normal(noise_key, x_0.shape),
+        gamma=method.gamma_law(gamma_key, batch, progress),
+    )
+
+
+def terms(
+    student: StudentNet,
+    target: StudentNet,
+    teacher: TeacherNet,
+    method: Method,
+    x_0: Latent,
+    text: Text,
+    null_text: guidance.NullText,
+    draw: Draw,
+) -> Terms:
+    """The consistency function of the student on the sub-path and of the target at its end."""
+    schedule, to_x0 = method.schedule, method.prediction.to_x0
+
+    # A sub-path [s, t]: x_t by diffusion, x_s by the teacher's guided solver.
+    t = method.times[draw.index]
+    alpha_t, sigma_t = schedule(t)
+    x_t = alpha_t * x_0.astype(jnp.float32) + sigma_t * draw.noise
+    x_s, s = teacher_walk.walk(
+        teacher, x_t, t, text, null_text, method.w, schedule, method.prediction,
+        method.length, method.stride,
+    )  # fmt: skip
+    x_s = jax.lax.stop_gradient(x_s)
+    alpha_s, sigma_s = schedule(s)
+
+    # The student anywhere on it. Signal level alpha_t and time t belong to every gamma.
+    x_gamma = subpath.interpolate(x_s, x_t, alpha_s, alpha_t, draw.gamma)
+    sigma_gamma = method.sigma(alpha_t, sigma_t, alpha_s, sigma_s, draw.gamma)
+    student_output = student(x_gamma, t, text, draw.gamma)
+    student_x0 = to_x0(x_gamma, student_output, alpha_t, sigma_gamma)
+    f_student = parameterization.consistency(x_gamma, student_x0, t)
+
+    # The target at its clean end, where gamma = 1 is the point x_s itself.
+    target_output = target(x_s, s, text, jnp.ones_like(draw.gamma))
+    target_x0 = to_x0(x_s, target_output, alpha_s, sigma_s)
+    f_target = jax.lax.stop_gradient(parameterization.consistency(x_s, target_x0, s))
+
+    return Terms(
+        t, s, x_t, x_s, x_gamma, sigma_gamma,
+        student_output, student_x0, f_student, target_output, f_target,
+    )  # fmt: skip
+
+
+def slam_loss(
+    student: StudentNet,
+    target: StudentNet,
+    teacher: TeacherNet,
+    method: Method,
+    x_0: Latent,
+    text: Text,
+    null_text: guidance.NullText,
+    draw: Draw,
+) -> PerExample:
+    """Distance between student and target for each example; the step takes the mean."""
+    values = terms(student, target, teacher, method, x_0, text, null_text, draw)
+    return method.distance(values.f_student, values.f_target)
+
+
+def squared(a: Latent, b: Latent) -> PerExample:
+    """Mean squared difference."""
+    return jnp.mean((a - b) ** 2, axis=(1, 2, 3))
+
+
+def pseudo_huber(c: float) -> Callable[[Latent, Latent], PerExample]:
+    """Mean over elements of sqrt(difference² + c²) - c, c > 0 (METHOD.md §1.7)."""
+    if c <= 0:
+        raise UserError(f"huber_c {c} must be positive; the released script uses 0.001")
+
+    def distance(a: Latent, b: Latent) -> PerExample:
+        # The same number without the cancellation: exact, and never negative, near 0.
+        square = (a - b) ** 2
+        return jnp.mean(square / (jnp.sqrt(square + c**2) + c), axis=(1, 2, 3))
+
+    return distance
