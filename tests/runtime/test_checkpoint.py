@@ -45,6 +45,8 @@ def test_a_half_written_save_is_not_seen(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     checkpoints = checkpoint.manager(tmp_path, keep=2)
     assert checkpoints.latest_step() is None
+    checkpoint.save(checkpoints, 8, _state(8))
+    checkpoints.wait_until_finished()
     assert not list(tmp_path.glob("*tmp*"))
     checkpoints.close()
 
