@@ -1,0 +1,45 @@
+"""The parameters' names, shapes and order for a config, without any being made."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from slam_jax.nets import clip, unet, vae
+
+
+def of_unet(config: Mapping) -> dict:
+    """Tree of ShapeDtypeStruct of the UNet that unet/config.json describes."""
+    net = unet.from_config(config)
+    size = 2 ** len(net.block_out_channels)
+    gamma = net.time_cond_proj_dim and _floats(1, net.time_cond_proj_dim)
+    return _shapes(
+        net, _floats(1, size, size, net.in_channels), _integers(1),
+        _floats(1, 2, net.cross_attention_dim), gamma,
+    )  # fmt: skip
+
+
+def of_vae(config: Mapping) -> dict:
+    """Tree of ShapeDtypeStruct of the AutoencoderKL that vae/config.json describes."""
+    net = vae.from_config(config)
+    size = 2 ** len(net.block_out_channels)
+    return _shapes(net, _floats(1, size, size, 3))
+
+
+def of_text_encoder(config: Mapping) -> dict:
+    """Tree of ShapeDtypeStruct of the CLIPTextModel that text_encoder/config.json describes."""
+    return _shapes(clip.from_config(config), _integers(1, 1))
+
+
+def _shapes(net, *inputs) -> dict:
+    return jax.eval_shape(
+        lambda *inputs: net.init(jax.random.key(0), *inputs), *inputs
+    )["params"]  # fmt: skip
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

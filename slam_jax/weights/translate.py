@@ -1,0 +1,89 @@
+"""Between torch's tensors and Linen's parameters: one rule for names, one for axes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from slam_jax.errors import UserError
+from slam_jax.weights import names, tensorfile
+
+# torch has [out, in] and [out, in, height, width] where Linen has [in, out] and
+# [height, width, in, out]; every other leaf is the same in both.
+_TO_LINEN = {2: (1, 0), 4: (2, 3, 1, 0)}
+_TO_TORCH = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+_REMEDY = "weights and config.json must be of one model: take both from the same folder"
+
+
+def to_params(
+    tensors: Mapping[str, Any], shapes: Mapping, source: str, *, dtype: DTypeLike | None = None
+) -> dict:
+    """Torch tensors by name -> the parameters whose shapes `shapes` (from jax.eval_shape) gives.
+
+    tensors: numpy arrays, or anything with .shape that numpy can read, read one by one.
+    source: the file, for messages. dtype: of the result; None keeps each tensor's own.
+    Every tensor is used exactly once: UserError names one that is unknown, missing or misshapen.
+    """
+    check(tensors, shapes, source)
+    params = {}
+    for path, leaf in traverse_util.flatten_dict(shapes).items():
+        name = names.torch_name(path)
+        tensor = np.asarray(tensors[name]).reshape(torch_shape(path, leaf.shape))
+        if path[-1] == "kernel":
+            tensor = tensor.transpose(_TO_LINEN[tensor.ndim])
+        params[path] = tensorfile.cast(tensor, dtype, _describe(tensors[name], name, source))
+    return traverse_util.unflatten_dict(params)
+
+
+def to_tensors(params: Mapping) -> dict[str, np.ndarray]:
+    """Parameters -> torch tensors by name, as views where the parameters are on the host."""
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        tensor = np.asarray(leaf)
+        if path[-1] == "kernel":
+            tensor = tensor.transpose(_TO_TORCH[tensor.ndim])
+        tensors[names.torch_name(path)] = tensor
+    return tensors
+
+
+def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a torch file of the parameter at `path` with Linen shape `shape`."""
+    if path[-1] == "kernel":
+        return tuple(shape[axis] for axis in _TO_TORCH[len(shape)])
+    return tuple(shape)
+
+
+def check(tensors: Mapping[str, Any], shapes: Mapping, source: str) -> None:
+    """UserError unless `tensors` has exactly the names and shapes that the tree `shapes` needs."""
+    leaves = traverse_util.flatten_dict(shapes)
+    wanted = {names.torch_name(path): torch_shape(path, leaves[path].shape) for path in leaves}
+    assert len(wanted) == len(leaves), "two parameters have the same torch name"
+    missing = sorted(wanted.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - wanted.keys())
+    if missing:
+        raise UserError(f"{source} lacks tensor {missing[0]!r}{_and_more(missing)}; {_REMEDY}")
+    if unknown:
+        what = _describe(tensors[unknown[0]], unknown[0], source)
+        raise UserError(f"{what} is unknown{_and_more(unknown)}; {_REMEDY}")
+    for name, shape in wanted.items():
+        found = tuple(tensors[name].shape)
+        as_convolution = names.is_vae_attention(name) and found == (*shape, 1, 1)
+        if found != shape and not as_convolution:
+            raise UserError(
+                f"{_describe(tensors[name], name, source)} has shape {list(found)}, "
+                f"config.json asks for {list(shape)}; {_REMEDY}"
+            )
+
+
+def _describe(tensor: Any, name: str, source: str) -> str:
+    """File and name of a tensor, as its own file has them."""
+    if isinstance(tensor, tensorfile.Stored):
+        source, name = str(tensor.path), tensor.name
+    return f"{source}: tensor {name!r}"
+
+
+def _and_more(found: list[str]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
