@@ -73,7 +73,7 @@ def checked(method: Method) -> Method:
         raise UserError(
             f"length {method.length} leads from the {times.size} start times to others, where the "
             f"student is never trained (such as {untrained[-1]}): make length a multiple of their "
-            f"spacing {np.diff(times).min(initial=times[0])}, or draw t from all times"
+            f"spacing {np.diff(times, prepend=-1).min()}, or draw t from all times"
         )
     return method
 
