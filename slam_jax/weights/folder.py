@@ -133,7 +133,7 @@ def _read_shards(path: Path) -> dict[str, tensorfile.Stored]:
 
 def _is_plain(name) -> bool:
     """Whether `name` is a file name and nothing that leads elsewhere."""
-    return isinstance(name, str) and Path(name).name == name
+    return isinstance(name, str) and name != "" and Path(name).name == name
 
 
 def _no_weights(part: Path, wanted: str) -> str:

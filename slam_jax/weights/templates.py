@@ -1,7 +1,9 @@
 """The parameters' names, shapes and order for a config, without any being made."""
 
+import functools
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -31,7 +33,9 @@ def of_text_encoder(config: Mapping) -> dict:
     return _shapes(clip.from_config(config), _integers(1, 1))
 
 
-def _shapes(net, *inputs) -> dict:
+# Tracing takes seconds, and one process reads several folders of one shape.
+@functools.cache
+def _shapes(net: nn.Module, *inputs: jax.ShapeDtypeStruct | None) -> dict:
     return jax.eval_shape(
         lambda *inputs: net.init(jax.random.key(0), *inputs), *inputs
     )["params"]  # fmt: skip

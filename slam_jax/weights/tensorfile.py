@@ -76,7 +76,7 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -1,0 +1,137 @@
+"""Small Stable Diffusion folders: one written by torch's diffusers, one as the hub has SD 1.5."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+import transformers
+from safetensors import torch as safetensors_torch
+
+# SD 1.5's own scheduler_config.json.
+PNDM = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> diffusers.StableDiffusionPipeline:
+    """A Stable Diffusion with every parameter drawn at random."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\na t</w>\n")
+    nets = dict(unet=unet(), vae=vae(), text_encoder=text_encoder())
+    for net in nets.values():
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return diffusers.StableDiffusionPipeline(
+        **nets,
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder, model_max_length=77),
+        scheduler=diffusers.DDIMScheduler.from_config(PNDM),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def vocabulary() -> dict[str, int]:
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "at</w>"]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return {word: i for i, word in enumerate(words)}
+
+
+def unet(**kwargs) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **kwargs,
+    )
+
+
+def vae() -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+
+
+def text_encoder() -> transformers.CLIPTextModel:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary()),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        bos_token_id=len(vocabulary()) - 2,
+        eos_token_id=len(vocabulary()) - 1,
+    )
+    return transformers.CLIPTextModel(config)
+
+
+@pytest.fixture(scope="session")
+def torch_folder(pipeline, tmp_path_factory):
+    """As the installed diffusers and transformers write it. Read only."""
+    folder = tmp_path_factory.mktemp("torch") / "model"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub_folder(torch_folder, tmp_path_factory):
+    """The same weights with the names, files and configs of SD 1.5 on the hub. Read only."""
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    shutil.copytree(torch_folder, folder)
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = safetensors_torch.load_file(path)
+    tensors = {f"text_model.{name}": tensor for name, tensor in tensors.items()}
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    safetensors_torch.save_file(tensors, path)
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = safetensors_torch.load_file(path)
+    safetensors_torch.save_file(dict(map(as_before_diffusers_0_15, tensors.items())), path)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary()))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\na t</w>\n")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(PNDM))
+    return folder
+
+
+def as_before_diffusers_0_15(item):
+    """The VAE's attention matrices as 1x1 convolutions of the old names."""
+    name, tensor = item
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new in old:
+        if f".{new}." in name:
+            name = name.replace(new, old[new])
+            return name, tensor[..., None, None] if tensor.ndim == 2 else tensor
+    return name, tensor
+
+
+@pytest.fixture
+def model(torch_folder, tmp_path):
+    """A copy of torch_folder to break."""
+    return shutil.copytree(torch_folder, tmp_path / "model")
