@@ -43,9 +43,12 @@ class Scene:
     background: str | None
 
     def caption(self) -> str:
-        first, second = (f"{_article(color)} {color} {shape}" for color, shape in (self.first, self.second))
+        first, second = (
+            f"{_article(color)} {color} {shape}" for color, shape in (self.first, self.second)
+        )
         text = f"{first} {self.relation} {second}"
         return text if self.background is None else f"{text} on a {self.background} background"
+
     def labels(self) -> np.ndarray:
         """What the picture shows, whichever shape was named first: int32 [5].
 
