@@ -21,11 +21,13 @@ def few_step_times(
 
     Taken from the grid it was trained on, `original_steps` times ending at the last.
     """
-    if not 1 <= num_steps <= original_steps:
-        raise UserError(f"{num_steps} sampling steps: choose from 1 to {original_steps}")
-    grid = solver.start_grid(original_steps, num_timesteps)
-    visited = np.floor(np.linspace(0, original_steps, num_steps, endpoint=False))
-    return grid[::-1][visited.astype(np.int32)]
+    if not 1 <= num_steps <= original_steps <= num_timesteps:
+        raise UserError(
+            f"{num_steps} sampling steps: choose from 1 to {min(original_steps, num_timesteps)}"
+        )
+    skipped = np.floor(np.linspace(0, original_steps, num_steps, endpoint=False))
+    spacing = num_timesteps // original_steps
+    return jnp.asarray(spacing * (original_steps - skipped) - 1, jnp.int32)
 
 
 def ddim_times(

@@ -1,6 +1,7 @@
 """The DDIM step, and the times at which a training sub-path may start."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from slam_jax.errors import UserError
@@ -23,7 +24,8 @@ def start_grid(num_subpaths: int, num_timesteps: int) -> Int[Array, "N"]:
         raise UserError(
             f"num_subpaths {num_subpaths} must lie between 1 and the {num_timesteps} training times"
         )
-    return jnp.arange(1, num_subpaths + 1) * (num_timesteps // num_subpaths) - 1
+    spacing = num_timesteps // num_subpaths
+    return jnp.asarray(spacing * np.arange(1, num_subpaths + 1) - 1, jnp.int32)
 
 
 def all_times(num_timesteps: int) -> Int[Array, "T"]:
