@@ -1,0 +1,41 @@
+"""What training changes and saves, and what it only reads."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from slam_jax.shapes import Text
+
+Params = Any
+
+
+@struct.dataclass
+class TrainState:
+    """All that is checkpointed. Parameters and moments are float32; step is a scalar int32."""
+
+    step: Any
+    student: Params
+    target: Params
+    opt_state: Any
+
+
+class Frozen(NamedTuple):
+    """Parameters that never change, and the empty prompt's text [1, L, D]. Never donated."""
+
+    teacher: Params
+    vae: Params
+    text_encoder: Params
+    null_text: Text
+
+
+def init(student: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0: the target is a copy of the student, and nothing shares memory with `student`."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        student=jax.tree.map(jnp.copy, student),
+        target=jax.tree.map(jnp.copy, student),
+        opt_state=optimizer.init(student),
+    )

@@ -1,0 +1,79 @@
+"""One training step as a pure function; the driver applies jit, shardings and donation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from slam_jax.distill import loss
+from slam_jax.distill.loss import Method
+from slam_jax.distill.state import Frozen, TrainState
+from slam_jax.shapes import PRNGKey
+
+# Microbatches of B examples: "image" in [-1, 1] and "input_ids".
+Batch = dict[str, Float[Array, "accumulate B H W 3"] | Int[Array, "accumulate B L"]]
+Metrics = dict[str, Float[Array, ""]]
+
+
+class Nets(NamedTuple):
+    """The networks as pure functions of their parameters (pipeline.py)."""
+
+    student: Callable  # (params, x, t, text, gamma) -> raw output
+    teacher: Callable  # (params, x, t, text) -> raw output
+    encode_image: Callable  # (params, image, key) -> scaled latent
+    encode_text: Callable  # (params, input_ids) -> text
+
+
+def train_step(
+    state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKey, *,
+    nets: Nets, method: Method, optimizer: optax.GradientTransformation, ema_rate: float,
+    num_steps: int,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """One update from the mean gradient of all microbatches; `key` is the run's, not the step's."""
+    step_key = jax.random.fold_in(key, state.step)
+    progress = state.step / num_steps
+    batch_loss = partial(_mean_loss, nets, method, frozen, state.target, progress)
+    mean_loss, grads = _mean_gradient(batch_loss, state.student, batch, step_key)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
+    student = optax.apply_updates(state.student, updates)
+    target = jax.tree.map(
+        lambda old, new: ema_rate * old + (1.0 - ema_rate) * new, state.target, student
+    )
+    metrics = {
+        "loss": mean_loss,
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+    }
+    return TrainState(state.step + 1, student, target, opt_state), metrics
+
+
+def _mean_gradient(batch_loss, student, batch, step_key):
+    """Mean over the microbatches, one after the other, of the loss and of its gradient."""
+
+    def add(total, numbered):
+        number, microbatch = numbered
+        key = jax.random.fold_in(step_key, number)
+        found = jax.value_and_grad(batch_loss)(student, microbatch, key)
+        return jax.tree.map(jnp.add, total, found), None
+
+    count = batch["input_ids"].shape[0]
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, student))
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(count), batch))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _mean_loss(nets, method, frozen, target, progress, student, microbatch, key):
+    posterior_key, draw_key = jax.random.split(key)
+    x_0 = nets.encode_image(frozen.vae, microbatch["image"], posterior_key)
+    text = nets.encode_text(frozen.text_encoder, microbatch["input_ids"])
+    draw = loss.draw_subpath(draw_key, x_0, method, progress)
+    per_example = loss.slam_loss(
+        partial(nets.student, student), partial(nets.student, target),
+        partial(nets.teacher, frozen.teacher), method, x_0, text, frozen.null_text, draw,
+    )  # fmt: skip
+    return jnp.mean(per_example)

@@ -1,0 +1,179 @@
+"""The train step with networks of five lines: what moves, what stays, and on how many devices."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from slam_jax.diffusion import parameterization, schedule, solver, subpath
+from slam_jax.distill import gamma, loss, optimizer, state, step
+from slam_jax.runtime import mesh
+
+SCHEDULE = schedule.from_config(
+    dict(
+        num_train_timesteps=1000, beta_start=8.5e-4, beta_end=1.2e-2, beta_schedule="scaled_linear"
+    )
+)
+METHOD = loss.Method(
+    SCHEDULE, parameterization.EPSILON, solver.start_grid(50, 1000), 20, 20, 2.0,
+    subpath.sigma_markov, loss.pseudo_huber(1e-3), gamma.uniform,
+)  # fmt: skip
+ADAMW = optimizer.adamw(1e-2, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
+RULES = ((".*", ()),)
+
+
+def _net(params, x, t, text, *gamma):
+    time = jnp.sin(t.astype(jnp.float32))[:, None, None, None] * params["time"]
+    words = jnp.mean(text, axis=(1, 2))[:, None, None, None] * params["text"]
+    return x @ params["kernel"] + time + words + sum(gamma) * params["gamma"]
+
+
+NETS = step.Nets(
+    student=_net,
+    teacher=_net,
+    encode_image=lambda params, image, key: (
+        image[:, ::2, ::2] * params + 0.1 * jax.random.normal(key, image[:, ::2, ::2].shape)
+    ),
+    encode_text=lambda params, ids: params[ids],
+)
+
+
+def _params(seed):
+    kernel_key, bias_key = jax.random.split(jax.random.key(seed))
+    biases = jax.random.normal(bias_key, (3,))
+    return {
+        "kernel": jax.random.normal(kernel_key, (3, 3)),
+        "time": biases[0], "text": biases[1], "gamma": biases[2],
+    }  # fmt: skip
+
+
+def _inputs(batch_size=8, accumulate=1):
+    rng = np.random.default_rng(0)
+    frozen = state.Frozen(
+        teacher=_params(1), vae=jnp.float32(0.5), null_text=jnp.zeros((1, 5, 2)),
+        text_encoder=jnp.asarray(rng.normal(size=(11, 2)), jnp.float32),
+    )  # fmt: skip
+    batch = {
+        "image": rng.uniform(-1, 1, (batch_size, 8, 8, 3)).astype(np.float32),
+        "input_ids": rng.integers(0, 11, (batch_size, 5)).astype(np.int32),
+    }
+    start = state.init(_params(1), ADAMW)
+    return start, frozen, batch, jax.random.key(7)
+
+
+def _step(num_devices, **changes):
+    """The step as the driver compiles it: (state, frozen, host batch, key) -> (state, metrics)."""
+    settings = dict(nets=NETS, method=METHOD, optimizer=ADAMW, ema_rate=0.9, num_steps=10)
+    devices = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+    everywhere = mesh.replicated(devices)
+    run = jax.jit(partial(step.train_step, **(settings | changes)), out_shardings=everywhere)
+
+    def call(start, frozen, batch, key, accumulate=1):
+        start, frozen, key = jax.device_put((start, frozen, key), everywhere)
+        return run(start, frozen, mesh.put_batch(batch, accumulate, devices), key)
+
+    return call
+
+
+def _assert_close(ours, theirs, atol):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=atol), ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return _step(1)
+
+
+def test_student_moves_and_target_follows_by_its_rate(one_device):
+    start, frozen, batch, key = _inputs()
+    after, metrics = one_device(start, frozen, batch, key)
+    assert after.step == 1
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), after.student, start.student)
+    assert all(distance > 0 for distance in jax.tree.leaves(moved)), moved
+    expected = jax.tree.map(
+        lambda old, new: 0.9 * np.asarray(old) + 0.1 * np.asarray(new), start.target, after.student
+    )
+    _assert_close(after.target, expected, 3e-7)
+    assert {name: value.shape for name, value in metrics.items()} == {
+        "loss": (), "grad_norm": (), "update_norm": (),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_update_is_that_of_the_mean_gradient(accumulate, one_device):
+    """Against the plain mean over microbatches, each with its own key."""
+    start, frozen, batch, key = _inputs(batch_size=4)
+    _, metrics = one_device(start, frozen, batch, key, accumulate)
+
+    def mean_loss(student):
+        total = 0.0
+        for number in range(accumulate):
+            part = {
+                name: x.reshape(accumulate, -1, *x.shape[1:])[number] for name, x in batch.items()
+            }
+            part_key = jax.random.fold_in(jax.random.fold_in(key, 0), number)
+            posterior_key, draw_key = jax.random.split(part_key)
+            x_0 = NETS.encode_image(frozen.vae, part["image"], posterior_key)
+            text = NETS.encode_text(frozen.text_encoder, part["input_ids"])
+            draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.0)
+            total += loss.slam_loss(
+                partial(_net, student), partial(_net, start.target), partial(_net, frozen.teacher),
+                METHOD, x_0, text, frozen.null_text, draw,
+            ).mean()  # fmt: skip
+        return total / accumulate
+
+    expected, gradient = jax.jit(jax.value_and_grad(mean_loss))(start.student)
+    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_device_equals_four(accumulate, one_device):
+    start, frozen, batch, key = _inputs()
+    ours, our_metrics = one_device(start, frozen, batch, key, accumulate)
+    four, four_metrics = _step(4)(start, frozen, batch, key, accumulate)
+    _assert_close(four_metrics, our_metrics, 1e-4)
+    _assert_close(four.target, ours.target, 1e-5)
+
+
+def test_randomness_depends_on_the_step_alone(one_device):
+    start, frozen, batch, key = _inputs()
+    _, first = one_device(start, frozen, batch, key)
+    _, again = one_device(start, frozen, batch, key)
+    _, later = one_device(start.replace(step=start.step + 1), frozen, batch, key)
+    assert first["loss"] == again["loss"] != later["loss"]
+
+
+def test_progress_reaches_the_gamma_law():
+    """A law that switches from 0 to 1 half way: only after that does gamma = 1 show in the loss."""
+
+    def late(key, batch, progress):
+        del key
+        return jnp.full((batch, 1, 1, 1), jnp.where(progress >= 0.5, 1.0, 0.0))
+
+    start, frozen, batch, key = _inputs()
+    run = _step(1, method=METHOD._replace(gamma_law=late))
+    ones = _step(1, method=METHOD._replace(gamma_law=gamma.ones))
+    for done, same in ((4, False), (5, True)):
+        at = start.replace(step=start.step + done)
+        equal = run(at, frozen, batch, key)[1]["loss"] == ones(at, frozen, batch, key)[1]["loss"]
+        assert equal == same
+
+
+def test_non_finite_input_is_reported(one_device):
+    start, frozen, batch, key = _inputs()
+    batch["image"][3] = np.inf
+    _, metrics = one_device(start, frozen, batch, key)
+    assert not np.isfinite(metrics["loss"])
+
+
+def test_state_is_float32_and_shares_no_memory():
+    params = _params(1)
+    start = state.init(params, ADAMW)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves((params, start))]
+    assert len(set(pointers)) == len(pointers)
+    floats = {x.dtype for x in jax.tree.leaves(start) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype("float32")}
