@@ -3,6 +3,7 @@
 Module and field names are diffusers' (UNet2DConditionModel), dots included: see layers.py.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -249,7 +250,11 @@ ONLY_VALUES = {
     "timestep_post_act": (None,),
 }
 
-FIELDS = frozenset(UNet2DConditionModel.__dataclass_fields__) - {"dtype", "remat", "parent", "name"}
+DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(UNet2DConditionModel)
+    if field.name not in ("dtype", "remat", "parent", "name")
+}
 
 
 def from_config(
@@ -264,21 +269,20 @@ def from_config(
             f"UNet config: addition_embed_type is {config['addition_embed_type']!r}, as SDXL has "
             "it, which is not supported yet; give a Stable Diffusion 1.x or 2.x model"
         )
-    fields = {}
+    fields = dict(DEFAULTS)
     for key, value in config.items():
         value = tuple(value) if isinstance(value, list) else value
-        if key in FIELDS:
+        if key in DEFAULTS:
             fields[key] = value
         elif key in ONLY_VALUES and value not in ONLY_VALUES[key]:
             allowed = " or ".join(repr(allowed) for allowed in ONLY_VALUES[key])
             raise UserError(f"UNet config: {key} is {value!r}; only {allowed} is supported")
         elif key not in ONLY_VALUES and key not in INERT_KEYS and not key.startswith("_"):
             raise UserError(f"UNet config: unknown key {key!r} (value {value!r}); remove it")
-    fields["cross_attention_dim"] = one_width(fields.get("cross_attention_dim", 1280))
-    model = UNet2DConditionModel(**fields, dtype=dtype, remat=remat)
-    check_levels(model)
-    check_divisible(model)
-    return model
+    fields["cross_attention_dim"] = one_width(fields["cross_attention_dim"])
+    check_levels(fields)
+    check_divisible(fields)
+    return UNet2DConditionModel(**fields, dtype=dtype, remat=remat)
 
 
 def one_width(cross_attention_dim: int | tuple[int, ...]) -> int:
@@ -292,12 +296,11 @@ def one_width(cross_attention_dim: int | tuple[int, ...]) -> int:
     return widths.pop()
 
 
-def check_levels(model: UNet2DConditionModel) -> None:
+def check_levels(fields: Mapping) -> None:
     """Refuse unknown block types and lists that do not have one number per level."""
-    num_levels = len(model.block_out_channels)
+    num_levels = len(fields["block_out_channels"])
     kinds = {"down_block_types": DOWN_BLOCKS, "up_block_types": UP_BLOCKS}
-    for key in sorted(FIELDS):
-        value = getattr(model, key)
+    for key, value in fields.items():
         if not isinstance(value, tuple):
             continue
         if len(value) != num_levels:
@@ -313,15 +316,15 @@ def check_levels(model: UNet2DConditionModel) -> None:
                 raise UserError(f"UNet config: {key} has {entry!r}; only integers are supported")
 
 
-def check_divisible(model: UNet2DConditionModel) -> None:
+def check_divisible(fields: Mapping) -> None:
     """Refuse channels that the heads or the groups of the norms do not divide."""
-    if model.norm_num_groups is None:
+    if fields["norm_num_groups"] is None:
         raise UserError("UNet config: norm_num_groups is None; only a number is supported")
-    heads = per_level(model.attention_head_dim, len(model.block_out_channels))
-    for channels, num_heads in zip(model.block_out_channels, heads, strict=True):
+    heads = per_level(fields["attention_head_dim"], len(fields["block_out_channels"]))
+    for channels, num_heads in zip(fields["block_out_channels"], heads, strict=True):
         for key, divisor in (
             ("attention_head_dim (the number of heads)", num_heads),
-            ("norm_num_groups", model.norm_num_groups),
+            ("norm_num_groups", fields["norm_num_groups"]),
         ):
             if channels % divisor:
                 raise UserError(

@@ -1,0 +1,277 @@
+"""UNet against diffusers' torch class: outputs, names, shapes; time in float32; refusals."""
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models import embeddings
+
+from slam_jax import errors
+from slam_jax.nets import attention, unet
+from slam_jax.weights import templates, translate
+
+TWO_LEVELS = dict(
+    block_out_channels=[16, 32],
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    norm_num_groups=4,
+    cross_attention_dim=12,
+)
+SD1 = {**TWO_LEVELS, "attention_head_dim": 4, "time_cond_proj_dim": 10}
+SD2 = {
+    **TWO_LEVELS,
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "attention_head_dim": [2, 8],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+FOUR_LEVELS = dict(
+    block_out_channels=[8, 16, 16, 24],
+    layers_per_block=1,
+    norm_num_groups=2,
+    norm_eps=1e-4,
+    cross_attention_dim=6,
+    attention_head_dim=2,
+    in_channels=5,
+    out_channels=3,
+)
+LISTS = {
+    **TWO_LEVELS,
+    "layers_per_block": [1, 2],
+    "transformer_layers_per_block": [2, 1],
+    "time_cond_proj_dim": 10,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+}
+ONE_LEVEL = dict(
+    block_out_channels=[8],
+    down_block_types=["DownBlock2D"],
+    up_block_types=["UpBlock2D"],
+    layers_per_block=1,
+    norm_num_groups=2,
+    cross_attention_dim=6,
+    attention_head_dim=2,
+)
+
+# unet/config.json of the three checkpoints, less what has diffusers' default value.
+SD15 = dict(sample_size=64, attention_head_dim=8, cross_attention_dim=768)
+SD21_BASE = dict(
+    sample_size=64,
+    attention_head_dim=[5, 10, 20, 20],
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+)
+SD21 = {**SD21_BASE, "sample_size": 96, "upcast_attention": True}
+
+
+def torch_model(config: dict) -> diffusers.UNet2DConditionModel:
+    return diffusers.UNet2DConditionModel(**config).eval()
+
+
+def randomise(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Give every parameter normal values, norm scales around 1; return them by name."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, 0.2).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return {name: t.numpy() for name, t in model.state_dict().items()}
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+def draw(config: dict, height: int, width: int, batch: int = 2) -> dict[str, jax.Array]:
+    return {
+        "sample": normal(1, batch, height, width, config.get("in_channels", 4)),
+        "timesteps": jnp.asarray([999, 19], jnp.int32)[:batch],
+        "encoder_hidden_states": normal(2, batch, 5, config["cross_attention_dim"]),
+    }
+
+
+def to_torch(array: jax.Array | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(np.array(array))
+
+
+def relative_error(out, reference) -> float:
+    return float(np.linalg.norm(np.asarray(out) - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.parametrize(
+    "config, height, width, with_cond",
+    [
+        pytest.param(SD1, 8, 6, True, id="sd1 with gamma embedding"),
+        pytest.param(SD2, 7, 8, False, id="sd2, odd height"),
+        pytest.param(FOUR_LEVELS, 13, 11, False, id="four levels, odd sizes"),
+        pytest.param(LISTS, 4, 6, False, id="lists, gamma embedding not given"),
+    ],
+)
+def test_matches_torch(config, height, width, with_cond):
+    model = torch_model(config)
+    tensors = randomise(model)
+    inputs = draw(config, height, width)
+    cond = normal(3, 2, 10) if with_cond else None
+    with torch.no_grad():
+        reference = model(
+            to_torch(inputs["sample"]).permute(0, 3, 1, 2),
+            to_torch(inputs["timesteps"]),
+            to_torch(inputs["encoder_hidden_states"]),
+            timestep_cond=to_torch(cond),
+        ).sample.permute(0, 2, 3, 1)
+
+    params = translate.to_params(tensors, templates.of_unet(model.config), "torch")
+    module = unet.from_config(model.config)
+    out = jax.jit(module.apply)({"params": params}, **inputs, timestep_cond=cond)
+    assert relative_error(out, reference.numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize("cond_dim", [None, 10])
+@pytest.mark.parametrize("flip_sin_to_cos, freq_shift", [(True, 0), (False, 1)])
+def test_time_embedding_matches_torch(cond_dim, flip_sin_to_cos, freq_shift):
+    torch_embedding = embeddings.TimestepEmbedding(32, 48, cond_proj_dim=cond_dim)
+    tensors = randomise(torch_embedding)
+    module = unet.TimestepEmbedding(32, 48, flip_sin_to_cos, freq_shift, cond_dim)
+    timesteps = jnp.asarray([0, 1, 259, 500, 999], jnp.int32)
+    cond = cond_dim and normal(3, 5, cond_dim)
+
+    sinusoid = embeddings.Timesteps(32, flip_sin_to_cos, freq_shift)(to_torch(timesteps))
+    with torch.no_grad():
+        reference = torch_embedding(sinusoid, to_torch(cond))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), timesteps, cond)["params"]
+    params = translate.to_params(tensors, shapes, "torch")
+    out = module.apply({"params": params}, timesteps, cond)
+    assert relative_error(out, reference.numpy()) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SD15, {**SD15, "time_cond_proj_dim": 256}, SD21_BASE, SD21],
+    ids=["sd1.5", "sd1.5 with gamma embedding", "sd2.1-base", "sd2.1"],
+)
+def test_real_sizes_have_the_torch_names_and_shapes(config):
+    with torch.device("meta"):
+        model = torch_model(config)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+    module = unet.from_config(config)
+    inputs = draw(config, 8, 8, batch=1)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), **inputs))
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    ours = {}
+    for path, leaf in leaves:
+        path = tuple(key.key for key in path)
+        ours[translate.names.torch_name(path)] = translate.torch_shape(path, leaf.shape)
+        assert leaf.dtype == jnp.float32
+    assert len(ours) == len(leaves) and ours == expected
+
+
+def test_bfloat16_leaves_the_time_embedding_in_float32():
+    config = {**ONE_LEVEL, "time_cond_proj_dim": 10}
+    inputs = draw(config, 4, 4) | {"timesteps": jnp.asarray([999, 1000], jnp.int32)}
+    cond = jnp.full((2, 10), 0.123456789, jnp.float32)
+    tensors = randomise(torch_model(config))
+    params = translate.to_params(tensors, templates.of_unet(config), "torch")
+
+    def run(dtype):
+        out, state = unet.from_config(config, dtype=dtype).apply(
+            {"params": params}, **inputs, timestep_cond=cond, mutable=["intermediates"],
+            capture_intermediates=lambda module, _: isinstance(module, unet.TimestepEmbedding),
+        )  # fmt: skip
+        return state["intermediates"]["time_embedding"]["__call__"][0], out
+
+    embedding = jax.jit(lambda: run(jnp.float32)[0])()
+    embedding_bf16, out = jax.jit(lambda: run(jnp.bfloat16))()
+    assert embedding_bf16.dtype == out.dtype == jnp.float32
+    np.testing.assert_allclose(embedding_bf16, embedding, rtol=1e-6, atol=1e-6)
+    assert np.abs(embedding[0] - embedding[1]).max() > 1e-2
+    assert np.all(np.isfinite(out))
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def test_bfloat16_multiplies_in_bfloat16_and_takes_the_softmax_in_float32():
+    module = unet.from_config(ONE_LEVEL, dtype=jnp.bfloat16)
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), **draw(ONE_LEVEL, 4, 4)))
+    jaxpr = jax.make_jaxpr(module.apply)(variables, *draw(ONE_LEVEL, 4, 4).values())
+    found = {"conv_general_dilated": set(), "dot_general": set(), "exp": set()}
+    for equation in equations(jaxpr.jaxpr):
+        if equation.primitive.name in found:
+            found[equation.primitive.name].add(str(equation.invars[0].aval.dtype))
+    assert found["conv_general_dilated"] == {"bfloat16"}
+    # float32 products: those of the time embedding alone
+    assert found["dot_general"] == {"bfloat16", "float32"}
+    assert found["exp"] == {"float32"}
+
+
+def test_attention_logits_do_not_overflow_float16():
+    """What upcast_attention is for: |q k| beyond 65504, and differences that float16 would lose."""
+    rng = np.random.default_rng(0)
+    query = (rng.standard_normal((1, 3, 1, 8)) + 150).astype(np.float16)
+    key = (rng.standard_normal((1, 4, 1, 8)) * 0.01 + 150).astype(np.float16)
+    value = rng.standard_normal((1, 4, 1, 8)).astype(np.float16)
+    q, k, v = (x[0, :, 0].astype(np.float64) for x in (query, key, value))
+    logits = q @ k.T / np.sqrt(8)
+    assert (q @ k.T).min() > 65504
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    expected = weights / weights.sum(axis=-1, keepdims=True) @ v
+    out = attention.attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value))
+    np.testing.assert_allclose(out[0, :, 0], expected, rtol=0, atol=5e-3)
+
+
+def test_remat_recomputes_and_keeps_the_names():
+    inputs = draw(ONE_LEVEL, 4, 4)
+    plain, remat = (unet.from_config(ONE_LEVEL, remat=remat) for remat in (False, True))
+    shapes, shapes_of_remat = (
+        jax.eval_shape(lambda module=module: module.init(jax.random.key(0), **inputs))
+        for module in (plain, remat)
+    )
+    assert shapes == shapes_of_remat
+
+    def num_recomputed(module):
+        gradient = jax.grad(lambda variables: jnp.sum(module.apply(variables, **inputs)))
+        found = [e.primitive.name for e in equations(jax.make_jaxpr(gradient)(shapes).jaxpr)]
+        return sum("remat" in name or "checkpoint" in name for name in found)
+
+    # five residual blocks and the middle's transformer
+    assert num_recomputed(plain) == 0 and num_recomputed(remat) == 5 + 1
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"addition_embed_type": "text_time"}, ["addition_embed_type", "'text_time'", "SDXL"]),
+        ({"only_cross_attention": True}, ["only_cross_attention", "True"]),
+        ({"only_cross_attention": [True, False]}, ["only_cross_attention", "(True, False)"]),
+        ({"mid_block_type": None}, ["mid_block_type", "None", "UNetMidBlock2DCrossAttn"]),
+        ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, ["AttnDownBlock2D"]),
+        ({"attention_head_dim": [2, 4, 4]}, ["attention_head_dim", "3", "2"]),
+        ({"attention_head_dim": 5}, ["attention_head_dim", "16", "5"]),
+        ({"norm_num_groups": 12}, ["norm_num_groups", "16", "12"]),
+        ({"norm_num_groups": None}, ["norm_num_groups", "None"]),
+        ({"num_attention_heads": 8}, ["num_attention_heads", "8"]),
+        ({"cross_attention_dim": [8, 12]}, ["cross_attention_dim", "(8, 12)"]),
+        ({"transformer_layers_per_block": [1, [1, 2]]}, ["transformer_layers_per_block"]),
+        ({"layer_per_block": 3}, ["layer_per_block", "3"]),
+    ],
+)
+def test_config_that_is_not_implemented_is_refused(change, words):
+    with pytest.raises(errors.UserError) as raised:
+        unet.from_config({**TWO_LEVELS, **change})
+    assert all(word in str(raised.value) for word in words)
+    assert "\n" not in str(raised.value)
+
+
+def test_config_keys_without_effect_are_accepted():
+    plain = unet.from_config(TWO_LEVELS)
+    inert = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "upcast_attention": True}
+    assert unet.from_config({**TWO_LEVELS, **inert, "cross_attention_dim": [12, 12]}) == plain
