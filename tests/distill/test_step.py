@@ -17,12 +17,18 @@ SCHEDULE = schedule.from_config(
         num_train_timesteps=1000, beta_start=8.5e-4, beta_end=1.2e-2, beta_schedule="scaled_linear"
     )
 )
+
+
+def _gamma_law(key, batch, progress):
+    return progress * gamma.uniform(key, batch, progress)
+
+
 METHOD = loss.Method(
     SCHEDULE, parameterization.EPSILON, solver.start_grid(50, 1000), 20, 20, 2.0,
-    subpath.sigma_markov, loss.pseudo_huber(1e-3), gamma.uniform,
+    subpath.sigma_markov, loss.pseudo_huber(1e-3), _gamma_law,
 )  # fmt: skip
 ADAMW = optimizer.adamw(1e-2, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
-RULES = ((".*", ()),)
+ACCUMULATE = 2
 
 
 def _net(params, x, t, text, *gamma):
@@ -50,30 +56,34 @@ def _params(seed):
     }  # fmt: skip
 
 
-def _inputs(batch_size=8, accumulate=1):
+def _inputs():
     rng = np.random.default_rng(0)
     frozen = state.Frozen(
         teacher=_params(1), vae=jnp.float32(0.5), null_text=jnp.zeros((1, 5, 2)),
         text_encoder=jnp.asarray(rng.normal(size=(11, 2)), jnp.float32),
     )  # fmt: skip
     batch = {
-        "image": rng.uniform(-1, 1, (batch_size, 8, 8, 3)).astype(np.float32),
-        "input_ids": rng.integers(0, 11, (batch_size, 5)).astype(np.int32),
+        "image": rng.uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32),
+        "input_ids": rng.integers(0, 11, (8, 5)).astype(np.int32),
     }
-    start = state.init(_params(1), ADAMW)
+    start = state.init(_params(1), ADAMW).replace(step=jnp.int32(3))
     return start, frozen, batch, jax.random.key(7)
 
 
-def _step(num_devices, **changes):
+def _step(num_devices):
     """The step as the driver compiles it: (state, frozen, host batch, key) -> (state, metrics)."""
-    settings = dict(nets=NETS, method=METHOD, optimizer=ADAMW, ema_rate=0.9, num_steps=10)
     devices = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     everywhere = mesh.replicated(devices)
-    run = jax.jit(partial(step.train_step, **(settings | changes)), out_shardings=everywhere)
+    run = jax.jit(
+        partial(
+            step.train_step, nets=NETS, method=METHOD, optimizer=ADAMW, ema_rate=0.9, num_steps=10
+        ),
+        out_shardings=everywhere,
+    )
 
-    def call(start, frozen, batch, key, accumulate=1):
+    def call(start, frozen, batch, key):
         start, frozen, key = jax.device_put((start, frozen, key), everywhere)
-        return run(start, frozen, mesh.put_batch(batch, accumulate, devices), key)
+        return run(start, frozen, mesh.put_batch(batch, ACCUMULATE, devices), key)
 
     return call
 
@@ -90,7 +100,7 @@ def one_device():
 def test_student_moves_and_target_follows_by_its_rate(one_device):
     start, frozen, batch, key = _inputs()
     after, metrics = one_device(start, frozen, batch, key)
-    assert after.step == 1
+    assert after.step == 4
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), after.student, start.student)
     assert all(distance > 0 for distance in jax.tree.leaves(moved)), moved
     expected = jax.tree.map(
@@ -102,39 +112,37 @@ def test_student_moves_and_target_follows_by_its_rate(one_device):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_update_is_that_of_the_mean_gradient(accumulate, one_device):
-    """Against the plain mean over microbatches, each with its own key."""
-    start, frozen, batch, key = _inputs(batch_size=4)
-    _, metrics = one_device(start, frozen, batch, key, accumulate)
+def test_update_is_that_of_the_mean_gradient(one_device):
+    """Against the plain mean over microbatches, each with its own key; 3 of 10 steps are done."""
+    start, frozen, batch, key = _inputs()
+    _, metrics = one_device(start, frozen, batch, key)
 
     def mean_loss(student):
         total = 0.0
-        for number in range(accumulate):
+        for number in range(ACCUMULATE):
             part = {
-                name: x.reshape(accumulate, -1, *x.shape[1:])[number] for name, x in batch.items()
+                name: x.reshape(ACCUMULATE, -1, *x.shape[1:])[number] for name, x in batch.items()
             }
-            part_key = jax.random.fold_in(jax.random.fold_in(key, 0), number)
+            part_key = jax.random.fold_in(jax.random.fold_in(key, 3), number)
             posterior_key, draw_key = jax.random.split(part_key)
             x_0 = NETS.encode_image(frozen.vae, part["image"], posterior_key)
             text = NETS.encode_text(frozen.text_encoder, part["input_ids"])
-            draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.0)
+            draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.3)
             total += loss.slam_loss(
                 partial(_net, student), partial(_net, start.target), partial(_net, frozen.teacher),
                 METHOD, x_0, text, frozen.null_text, draw,
             ).mean()  # fmt: skip
-        return total / accumulate
+        return total / ACCUMULATE
 
     expected, gradient = jax.jit(jax.value_and_grad(mean_loss))(start.student)
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_one_device_equals_four(accumulate, one_device):
+def test_one_device_equals_four(one_device):
     start, frozen, batch, key = _inputs()
-    ours, our_metrics = one_device(start, frozen, batch, key, accumulate)
-    four, four_metrics = _step(4)(start, frozen, batch, key, accumulate)
+    ours, our_metrics = one_device(start, frozen, batch, key)
+    four, four_metrics = _step(4)(start, frozen, batch, key)
     _assert_close(four_metrics, our_metrics, 1e-4)
     _assert_close(four.target, ours.target, 1e-5)
 
@@ -145,22 +153,6 @@ def test_randomness_depends_on_the_step_alone(one_device):
     _, again = one_device(start, frozen, batch, key)
     _, later = one_device(start.replace(step=start.step + 1), frozen, batch, key)
     assert first["loss"] == again["loss"] != later["loss"]
-
-
-def test_progress_reaches_the_gamma_law():
-    """A law that switches from 0 to 1 half way: only after that does gamma = 1 show in the loss."""
-
-    def late(key, batch, progress):
-        del key
-        return jnp.full((batch, 1, 1, 1), jnp.where(progress >= 0.5, 1.0, 0.0))
-
-    start, frozen, batch, key = _inputs()
-    run = _step(1, method=METHOD._replace(gamma_law=late))
-    ones = _step(1, method=METHOD._replace(gamma_law=gamma.ones))
-    for done, same in ((4, False), (5, True)):
-        at = start.replace(step=start.step + done)
-        equal = run(at, frozen, batch, key)[1]["loss"] == ones(at, frozen, batch, key)[1]["loss"]
-        assert equal == same
 
 
 def test_non_finite_input_is_reported(one_device):
