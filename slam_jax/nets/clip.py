@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from slam_jax import errors, shapes
+from slam_jax.nets import layers
 
 
 def quick_gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
@@ -97,9 +98,9 @@ class CLIPEncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"]) -> shapes.Text:
-        h = _layer_norm(x, self.epsilon, self.dtype, "layer_norm1")
+        h = layers.layer_norm(self.epsilon, self.dtype, "layer_norm1")(x)
         x = x + CLIPAttention(self.num_heads, self.dtype, name="self_attn")(h, mask)
-        h = _layer_norm(x, self.epsilon, self.dtype, "layer_norm2")
+        h = layers.layer_norm(self.epsilon, self.dtype, "layer_norm2")(x)
         return x + CLIPMLP(self.intermediate_size, self.activation, self.dtype, name="mlp")(h)
 
 
@@ -139,7 +140,7 @@ class CLIPTextModel(nn.Module):
                 dtype=self.dtype,
                 name=f"text_model.encoder.layers.{i}",
             )(x, mask)
-        return _layer_norm(x, self.layer_norm_eps, self.dtype, "text_model.final_layer_norm")
+        return layers.layer_norm(self.layer_norm_eps, self.dtype, "text_model.final_layer_norm")(x)
 
     def _embedding(self, rows: int, name: str) -> nn.Embed:
         name = f"text_model.embeddings.{name}"
@@ -190,9 +191,3 @@ def _refuse_unbuilt(key: str, value) -> None:
             f"text encoder config has the unknown key {key} = {value!r}; "
             "remove it if it does not change the network"
         )
-
-
-def _layer_norm(x: shapes.Text, epsilon: float, dtype, name: str) -> shapes.Text:
-    """LayerNorm in float32 whatever the compute dtype, as torch computes it."""
-    norm = nn.LayerNorm(epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32)).astype(dtype)
