@@ -181,8 +181,19 @@ def _find(path: Path, part: Part, variant: str | None) -> _Found:
         raise UserError(
             f"{config_path} describes no network that can be built ({line}); correct it"
         ) from None
-    tensors, bare_names = {}, False
     source, stored = folders.find_tensors(path, part.stem, variant)
+    tensors = _under_our_names(stored, part)
+    translate.check(tensors, shapes, str(source))
+    prefix = names.TEXT_PREFIX
+    bare_names = any(name == prefix + stored.name for name, stored in tensors.items())
+    return _Found(config, tensors, shapes, str(source), bare_names)
+
+
+def _under_our_names(
+    stored: Mapping[str, tensorfile.Stored], part: Part
+) -> dict[str, tensorfile.Stored]:
+    """The tensors that parameters are read from; UserError if one is there under two names."""
+    tensors: dict[str, tensorfile.Stored] = {}
     for name, tensor in stored.items():
         our_name = part.our_name(name)
         if our_name in tensors:
@@ -192,9 +203,7 @@ def _find(path: Path, part: Part, variant: str | None) -> _Found:
             )
         if our_name is not None:
             tensors[our_name] = tensor
-            bare_names |= our_name == names.TEXT_PREFIX + name
-    translate.check(tensors, shapes, str(source))
-    return _Found(config, tensors, shapes, str(source), bare_names)
+    return tensors
 
 
 def _load(found: _Found, dtype: DTypeLike | None) -> Component:

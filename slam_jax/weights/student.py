@@ -45,11 +45,6 @@ def student_scheduler_config(
     }
 
 
-def student_unet_config(teacher_unet_config: Mapping, time_cond_proj_dim: int = 256) -> dict:
-    """The teacher's unet/config.json with room for the embedding of gamma (METHOD.md §1.6)."""
-    return {**teacher_unet_config, "time_cond_proj_dim": time_cond_proj_dim}
-
-
 def student(
     teacher: pretrained.Pretrained,
     unet: pretrained.Component,
