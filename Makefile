@@ -1,0 +1,27 @@
+# make demo: distil the small teacher in assets/tiny_sd.  make test: run the tests.
+# Both set up .venv by themselves; only Python 3.11+ and make are needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/run
+	$(BIN)/python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs
+
+.venv/run: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slam_jax needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+# torch comes first and by its exact version, or pip would fetch the build with CUDA.
+.venv/test: .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
