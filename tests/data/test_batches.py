@@ -26,7 +26,7 @@ class Numbered:
         return self.size
 
     def __getitem__(self, index: int) -> dict:
-        time.sleep(0.001 * (index % 3))  # threads finish out of order
+        time.sleep(0.0003 * (index % 3))  # threads finish out of order
         return {"image": np.full((2, 4, 3), index, np.uint8), "caption": str(index)}
 
 
@@ -50,6 +50,13 @@ def take(dataset, start: int, count: int, num_threads: int = 3, num_prefetch: in
 
 def grain_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("grain")]
+
+
+def assert_threads_end() -> None:
+    deadline = time.monotonic() + 10
+    while grain_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not grain_threads()
 
 
 def test_every_epoch_has_every_example_once_in_a_new_order():
@@ -93,20 +100,19 @@ def test_closing_ends_the_threads_however_the_loop_ends():
             next(iterator)
             assert grain_threads()
             raise RuntimeError("the loop")
-    deadline = time.monotonic() + 10
-    while grain_threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not grain_threads()
+    assert_threads_end()
 
 
-def test_an_error_in_the_source_reaches_the_caller():
+def test_an_error_in_the_source_reaches_the_caller_and_ends_the_threads():
     class Broken(Numbered):
         def __getitem__(self, index):
             raise OSError("disk gone")
 
     dataset = batches.batches(Broken(5), batch_size=2, seed=0, transform=with_index)
-    with pytest.raises(OSError, match="disk gone"):
+    with pytest.raises(OSError, match="disk gone") as caught:
         take(dataset, 0, 1)
+    assert_threads_end()  # although the traceback still holds the iterator
+    del caught
 
 
 def test_an_empty_source_is_refused():

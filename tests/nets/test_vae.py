@@ -17,7 +17,7 @@ SMALL = [
         block_out_channels=(16, 24), layers_per_block=1, norm_num_groups=4, latent_channels=4,
     ),
     dict(
-        block_out_channels=(8, 8, 16), layers_per_block=2, norm_num_groups=8, latent_channels=3,
+        block_out_channels=(8, 8, 16), layers_per_block=1, norm_num_groups=8, latent_channels=3,
         mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False,
     ),
 ]  # fmt: skip
