@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ METRICS = "metrics.jsonl"
 
 
 class Log(NamedTuple):
-    """Open ends of the log: the metrics file, the TensorBoard writer and the bar."""
+    """The open ends: the metrics file, the TensorBoard writer and the bar."""
 
     lines: TextIO
     events: SummaryWriter
@@ -31,12 +32,17 @@ def bar(step: int, num_steps: int) -> tqdm:
     )  # fmt: skip
 
 
-def start(workdir: Path, step: int, progress: tqdm) -> Log:
-    """Opens the log of a run that stands at `step`; later lines, and a half-written one, go."""
+@contextlib.contextmanager
+def started(workdir: Path, step: int, progress: tqdm) -> Iterator[Log]:
+    """The log of a run that stands at `step`; later lines, and a half-written one, are cut off."""
     path = workdir / METRICS
     _truncate(path, step)
-    events = SummaryWriter(str(workdir / "events"), purge_step=step + 1)
-    return Log(open(path, "a"), events, progress)
+    with (
+        open(path, "a") as lines,
+        SummaryWriter(str(workdir / "events"), purge_step=step + 1) as events,
+    ):
+        progress.set_description_str("training")
+        yield Log(lines, events, progress)
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -59,6 +65,11 @@ def write(log: Log, step: int, values: Mapping[str, float]) -> None:
     log.lines.flush()
     for name, value in values.items():
         log.events.add_scalar(name, value, step)
+
+
+def picture(log: Log, step: int, name: str, pixels: np.ndarray) -> None:
+    """A picture, uint8 [h, w, 3], for TensorBoard."""
+    log.events.add_image(name, pixels, step, dataformats="HWC")
 
 
 def advance(log: Log, batch_size: int, loss: float) -> float:
@@ -93,10 +104,3 @@ def phase(progress: tqdm, name: str) -> Iterator[None]:
         # tqdm measures its rate from here.
         progress.last_print_t = time.time()
         progress.set_description_str(before)
-
-
-def close(log: Log) -> None:
-    """Writes out what is left."""
-    log.lines.close()
-    log.events.close()
-    log.bar.close()

@@ -35,6 +35,8 @@ def make(axes: Sequence[tuple[str, int]]) -> Mesh:
 
 def check_rules(axes: Sequence[tuple[str, int]], rules: Rules) -> None:
     """Refuses a regex that does not compile and an axis that the mesh lacks. Touches no device."""
+    if not all(len(axis) == 2 for axis in axes) or not all(len(rule) == 2 for rule in rules):
+        raise UserError("mesh.axes are pairs (name, size), mesh.rules pairs (regex, axes)")
     names = [name for name, _ in axes]
     if "data" not in names or sum(size == -1 for _, size in axes) > 1:
         raise UserError(f"mesh.axes {tuple(axes)}: one axis is named data, at most one has size -1")

@@ -14,11 +14,10 @@ def _steps(workdir):
 
 
 def _run(workdir, start, stop):
-    with log.bar(start, 10) as bar:
-        running = log.start(workdir, start, bar)
+    with log.bar(start, 10) as bar, log.started(workdir, start, bar) as running:
         for step in range(start + 1, stop + 1):
             log.write(running, step, {"loss": 0.5 * step})
-        log.close(running)
+            log.advance(running, batch_size=4, loss=0.5)
 
 
 def test_resume_drops_the_lines_after_its_step(tmp_path):

@@ -1,0 +1,64 @@
+"""Programs that answer a user's mistake with one line on stderr and exit status 2."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from absl import app, flags
+
+from slam_jax.errors import UserError
+
+# A config file is Python, so reading it may raise anything that Python raises.
+_CONFIG_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError, flags.Error,
+)  # fmt: skip
+
+
+def run(main: Callable[[], None], *, required: tuple[str, ...]) -> None:
+    """Parses absl's flags, then calls main. Exit status 1 if its numbers stopped being finite."""
+    app.run(partial(_guarded, main), flags_parser=partial(_parse, required=required))
+
+
+def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except _CONFIG_ERRORS as error:
+        sys.exit(_complain(f"{_one_line(error)} (see --help)", 2))
+    missing = [f"--{name}" for name in required if flags.FLAGS[name].value is None]
+    if missing:
+        sys.exit(_complain(f"{', '.join(missing)} must be given (see --help)", 2))
+    if len(rest) > 1:
+        sys.exit(_complain(f"unknown argument {rest[1]!r}; flags start with -- (see --help)", 2))
+    return rest
+
+
+def _guarded(main: Callable[[], None], _argv: list[str]) -> int:
+    try:
+        main()
+    except UserError as error:
+        return _complain(str(error), 2)
+    except FloatingPointError as error:
+        return _complain(str(error), 1)
+    return 0
+
+
+def warn_of_cut(prompts: list[str], cut: list[str], length: int) -> None:
+    """One line on stderr for every prompt of which the end `cut` did not fit in `length` tokens."""
+    for prompt, lost in zip(prompts, cut, strict=True):
+        if lost:
+            print(
+                f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; "
+                f"left out: {lost!r}", file=sys.stderr,
+            )  # fmt: skip
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: BaseException) -> str:
+    """The message without line breaks; where Python's message alone says little, its type too."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, flags.Error) else f"{type(error).__name__}: {message}"

@@ -1,0 +1,22 @@
+"""python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
+
+Any value of the config can be overridden: --config.distill.w=7
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from slam_jax import command, settings, train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same again resumes the run.")
+
+
+def main() -> None:
+    train.train(settings.from_config(_CONFIG.value), Path(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    command.run(main, required=("config", "workdir"))

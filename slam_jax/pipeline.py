@@ -1,0 +1,184 @@
+"""The networks of a Stable Diffusion as pure functions of their parameters.
+
+Compute dtypes are decided here: parameters stay as they are given, and Linen casts them.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from slam_jax.diffusion import parameterization, sampler
+from slam_jax.diffusion.parameterization import Prediction
+from slam_jax.diffusion.schedule import Schedule
+from slam_jax.errors import UserError
+from slam_jax.nets import clip, unet, vae
+from slam_jax.shapes import Coeff, Image, Latent, PRNGKey, Text, Timestep, TokenIds
+from slam_jax.weights import pretrained
+
+Params = Any
+
+# What diffusers takes for a vae/config.json without the key, as Stable Diffusion 1.x has it.
+_SCALING_FACTOR = 0.18215
+
+
+def dtype(name: str) -> DTypeLike:
+    """The compute dtype of that name."""
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {name!r} is not one of float32, bfloat16")
+    return jnp.dtype(name)
+
+
+def encode_image(config: Mapping, dtype: DTypeLike) -> Callable[[Params, Image, PRNGKey], Latent]:
+    """(params, image in [-1, 1], posterior_key) -> a sample of the posterior x scaling_factor."""
+    net = vae.from_config(config, dtype=dtype)
+    scaling_factor = _scaling_factor(config)
+
+    def encode(params: Params, image: Image, posterior_key: PRNGKey) -> Latent:
+        posterior = net.apply({"params": params}, image, method=net.encode)
+        noise = jax.random.normal(posterior_key, posterior.mean.shape)
+        return scaling_factor * (posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise)
+
+    return encode
+
+
+def decode(config: Mapping, dtype: DTypeLike) -> Callable[[Params, Latent], Image]:
+    """(params, scaled latent) -> image in [0, 1]."""
+    net = vae.from_config(config, dtype=dtype)
+    scaling_factor = _scaling_factor(config)
+
+    def decode_scaled(params: Params, latent: Latent) -> Image:
+        image = net.apply({"params": params}, latent / scaling_factor, method=net.decode)
+        return jnp.clip(0.5 * image + 0.5, 0.0, 1.0)
+
+    return decode_scaled
+
+
+def _scaling_factor(config: Mapping) -> float:
+    return {"scaling_factor": _SCALING_FACTOR, **config}["scaling_factor"]
+
+
+def encode_text(config: Mapping, dtype: DTypeLike) -> Callable[[Params, TokenIds], Text]:
+    """(params, input_ids) -> the last hidden state after the final norm."""
+    net = clip.from_config(config, dtype=dtype)
+
+    def encode(params: Params, input_ids: TokenIds) -> Text:
+        return net.apply({"params": params}, input_ids)
+
+    return encode
+
+
+def teacher(
+    config: Mapping, dtype: DTypeLike
+) -> Callable[[Params, Latent, Timestep, Text], Latent]:
+    """(params, x, t, text) -> raw output."""
+    net = unet.from_config(config, dtype=dtype)
+
+    def call(params: Params, x: Latent, t: Timestep, text: Text) -> Latent:
+        return net.apply({"params": params}, x, t, text)
+
+    return call
+
+
+def student(
+    config: Mapping, dtype: DTypeLike, remat: bool
+) -> Callable[[Params, Latent, Timestep, Text, Coeff], Latent]:
+    """(params, x, t, text, gamma) -> raw output; config has a time_cond_proj_dim."""
+    net = unet.from_config(config, dtype=dtype, remat=remat)
+    assert net.time_cond_proj_dim is not None
+
+    def call(params: Params, x: Latent, t: Timestep, text: Text, gamma: Coeff) -> Latent:
+        embedding = parameterization.gamma_embedding(gamma, net.time_cond_proj_dim)
+        return net.apply({"params": params}, x, t, text, embedding)
+
+    return call
+
+
+def is_student(unet_config: Mapping) -> bool:
+    """Whether that UNet takes gamma."""
+    return unet.from_config(unet_config).time_cond_proj_dim is not None
+
+
+def random_cond_proj(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """U(-1/sqrt(d), 1/sqrt(d)) of [d, channels]: torch's default, as released (METHOD.md §1.6)."""
+    bound = shape[0] ** -0.5
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def zero_cond_proj(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Zeros: the student starts as the teacher, whatever gamma is."""
+    del rng
+    return np.zeros(shape, np.float32)
+
+
+def student_of(
+    teacher: pretrained.Component,
+    gamma_dim: int,
+    cond_proj: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
+    rng: np.random.Generator,
+) -> pretrained.Component:
+    """The teacher's UNet with a new, first guess of the layer that takes the gamma embedding."""
+    if is_student(teacher.config):
+        raise UserError(
+            f"the teacher's UNet has time_cond_proj_dim {teacher.config['time_cond_proj_dim']}: it "
+            "is a few-step student already; give the model that it was distilled from"
+        )
+    if gamma_dim < 4 or gamma_dim % 2:
+        raise UserError(f"student.gamma_dim {gamma_dim} must be even and at least 4, such as 256")
+    channels = teacher.params["conv_in"]["kernel"].shape[-1]
+    time_embedding = {
+        **teacher.params["time_embedding"],
+        "cond_proj": {"kernel": cond_proj(rng, (gamma_dim, channels))},
+    }
+    return teacher._replace(
+        config={**teacher.config, "time_cond_proj_dim": gamma_dim},
+        params={**teacher.params, "time_embedding": time_embedding},
+    )
+
+
+def latent_shape(model: pretrained.Pretrained, image_size: int) -> tuple[int, int, int]:
+    """[h, w, C] of the latents of square images."""
+    factor = 2 ** (len(vae.from_config(model.vae.config).block_out_channels) - 1)
+    if image_size % factor:
+        raise UserError(f"images of {image_size} pixels: the VAE needs a multiple of {factor}")
+    channels = unet.from_config(model.unet.config).in_channels
+    return image_size // factor, image_size // factor, channels
+
+
+def few_step(
+    student: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
+    num_steps: int, original_steps: int,
+) -> Callable[..., Image]:  # fmt: skip
+    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1]."""
+    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size)
+
+    def sample(student_params: Params, vae_params: Params, text: Text, noise) -> Image:
+        net = partial(student, student_params)
+        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text)
+        return decode(vae_params, x_0)
+
+    return sample
+
+
+def ddim(
+    teacher: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
+    num_steps: int, original_steps: int, w: float,
+) -> Callable[..., Image]:  # fmt: skip
+    """(teacher_params, vae_params, text, null_text, x_T) -> images in [0, 1].
+
+    w = 0 is conditional only.
+    """
+    times = sampler.ddim_times(num_steps, original_steps, schedule.alpha.size)
+
+    def sample(
+        teacher_params: Params, vae_params: Params, text: Text, null_text: Text, x_T: Latent
+    ) -> Image:
+        net = partial(teacher, teacher_params)
+        x_0 = sampler.ddim_sample(net, schedule, prediction, times, x_T, text, null_text, w)
+        return decode(vae_params, x_0)
+
+    return sample

@@ -1,0 +1,175 @@
+"""What a config may say, group by group; its names and types are checked here, all at once."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from slam_jax.errors import UserError
+
+
+class Teacher(NamedTuple):
+    """The model to distil."""
+
+    folder: str  # in diffusers' layout
+    variant: str  # "fp16" for files *.fp16.safetensors, "" for the plain ones
+    dtype: str  # in which teacher, VAE and text encoder compute: float32 or bfloat16
+
+
+class Student(NamedTuple):
+    """The network that is trained; its parameters are float32 whatever the dtype."""
+
+    dtype: str  # in which it computes: float32 or bfloat16
+    remat: bool  # recompute activations in the backward pass: less memory, more time
+    cond_proj: str  # first guess of the layer that takes gamma: random (as released) or zero
+    gamma_dim: int  # width of gamma's embedding: 256 in the released models
+
+
+class Distill(NamedTuple):
+    """The loss; METHOD.md §1. Tuples are a name, then its numbers."""
+
+    num_subpaths: int  # start times in the grid, and what few-step sampling chooses from
+    times: str  # where sub-paths start: grid, or all
+    length: int  # of a sub-path, in training times
+    stride: int  # of the teacher's solver; length / stride steps
+    w: float  # guidance weight of the teacher, 0 = conditional only (guidance_scale - 1)
+    sigma: str  # noise level on the sub-path: markov (as released), ddim or fixed
+    gamma: tuple  # ("uniform",) ("ones",) ("mixture", p) ("annealed", p_0, p_1, until)
+    distance: tuple  # ("huber", c) or ("l2",)
+
+
+class Optimizer(NamedTuple):
+    """AdamW."""
+
+    learning_rate: float
+    warmup_steps: int
+    clip_norm: float
+    weight_decay: float
+    b1: float
+    b2: float
+    eps: float
+
+
+class Data(NamedTuple):
+    """Captioned images."""
+
+    source: str  # shapes2d
+    size: int  # pixels
+    num_images: int
+    seed: int
+    num_threads: int  # that make batches ahead of time; 0 makes each when it is needed
+    num_prefetch: int  # batches held ready
+
+
+class Eval(NamedTuple):
+    """Sample grids while training goes on."""
+
+    every_steps: int
+    prompts: tuple
+    teacher_steps: int
+    student_steps: int
+
+
+class Checkpoint(NamedTuple):
+    """Saved states."""
+
+    every_steps: int
+    keep: int
+
+
+class Log(NamedTuple):
+    """Lines of metrics.jsonl and TensorBoard."""
+
+    every_steps: int
+
+
+class Mesh(NamedTuple):
+    """How the devices are arranged, and how arrays lie on them (runtime/mesh.py)."""
+
+    axes: tuple  # of (name, size), -1 for the rest
+    rules: tuple  # of (regex, axis of each dimension)
+
+
+class Settings(NamedTuple):
+    """A whole experiment."""
+
+    seed: int
+    num_steps: int
+    batch_size: int  # over all devices and microbatches
+    accumulate: int  # microbatches per update
+    ema_rate: float  # of the target, per update
+    teacher: Teacher
+    student: Student
+    distill: Distill
+    optimizer: Optimizer
+    data: Data
+    eval: Eval
+    checkpoint: Checkpoint
+    log: Log
+    mesh: Mesh
+
+
+_GROUPS = (Teacher, Student, Distill, Optimizer, Data, Eval, Checkpoint, Log, Mesh)
+
+# May differ when a run is resumed: they do not touch what is learnt.
+FREE = ("num_steps", "eval", "checkpoint", "log", "data.num_threads", "data.num_prefetch")
+
+_AT_LEAST_ONE = (
+    "num_steps", "batch_size", "accumulate", "distill.num_subpaths", "data.num_images",
+    "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "checkpoint.every_steps",
+    "checkpoint.keep", "log.every_steps",
+)  # fmt: skip
+_AT_LEAST_ZERO = ("seed", "data.seed", "data.num_threads", "data.num_prefetch")
+
+
+def from_config(config: ConfigDict) -> Settings:
+    """Every key of the config, none missing, none unknown, each of its type; else UserError."""
+    settings = _read(Settings, config.to_dict(), "")
+    leaves = as_dict(settings)
+    for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for name in names:
+            value = leaves
+            for part in name.split("."):
+                value = value[part]
+            if value < least:
+                raise UserError(f"config.{name}={value} must be at least {least}")
+    if settings.seed >= 2**32:
+        raise UserError(f"config.seed={settings.seed} must be less than 2**32")
+    if not all(isinstance(prompt, str) for prompt in settings.eval.prompts):
+        raise UserError(f"config.eval.prompts={settings.eval.prompts!r} must be strings")
+    if not 0 <= settings.ema_rate < 1:
+        raise UserError(f"config.ema_rate={settings.ema_rate} must lie in [0, 1)")
+    return settings
+
+
+def _read(group: type, values: Mapping[str, Any], prefix: str) -> Any:
+    known = group.__annotations__
+    for key in values:
+        if key not in known:
+            raise UserError(f"config.{prefix}{key} is not known; there are {', '.join(known)}")
+    for key in known:
+        if key not in values:
+            raise UserError(f"config.{prefix}{key} is missing; the config must give every value")
+    return group(**{key: _checked(known[key], values[key], f"{prefix}{key}") for key in known})
+
+
+def _checked(kind: type, value: Any, name: str) -> Any:
+    if kind in _GROUPS:
+        if not isinstance(value, Mapping):
+            raise UserError(f"config.{name}={value!r} must be a group of {', '.join(kind._fields)}")
+        return _read(kind, value, f"{name}.")
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is tuple and type(value) is list:
+        return tuple(value)
+    if type(value) is not kind:
+        raise UserError(f"config.{name}={value!r} must be of type {kind.__name__}")
+    return value
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """The settings as nested dicts, for config.json."""
+    return {
+        key: as_dict(value) if type(value) in _GROUPS else value
+        for key, value in settings._asdict().items()
+    }

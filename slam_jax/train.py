@@ -1,0 +1,266 @@
+"""Wires teacher, data, loss and devices together, and runs the loop."""
+
+import contextlib
+import functools
+import inspect
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from slam_jax import command, evaluate, pipeline
+from slam_jax.data import batches, shapes2d, tokenizer
+from slam_jax.diffusion import parameterization, schedule, solver, subpath
+from slam_jax.distill import gamma, loss, optimizer, state, step
+from slam_jax.errors import UserError
+from slam_jax.runtime import checkpoint, folder, images, log, mesh
+from slam_jax.settings import FREE, Distill, Settings, as_dict
+from slam_jax.weights import pretrained
+from slam_jax.weights import student as student_folder
+
+# Names in a config -> what they stand for; those with numbers after the name are called with them.
+GAMMA_LAWS = {
+    "uniform": lambda: gamma.uniform,
+    "ones": lambda: gamma.ones,
+    "mixture": gamma.mixture,
+    "annealed": gamma.annealed,
+}
+DISTANCES = {"l2": lambda: loss.squared, "huber": loss.pseudo_huber}
+SIGMAS = {
+    "markov": subpath.sigma_markov,
+    "ddim": subpath.sigma_ddim,
+    "fixed": subpath.sigma_fixed,
+}
+TIMES = {
+    "grid": solver.start_grid,
+    "all": lambda num_subpaths, num_timesteps: solver.all_times(num_timesteps),
+}
+COND_PROJ = {"random": pipeline.random_cond_proj, "zero": pipeline.zero_cond_proj}
+SOURCES = {"shapes2d": shapes2d.Shapes2D}
+
+
+def train(settings: Settings, workdir: Path) -> None:
+    """Trains until settings.num_steps, from the last checkpoint in workdir if there is one."""
+    # What a user may have got wrong comes first, before any work on a device.
+    folder.check_writable(workdir)
+    done = _steps_done(settings, workdir)
+    mesh.check_rules(**settings.mesh._asdict())
+    teacher = pretrained.read(settings.teacher.folder, variant=settings.teacher.variant or None)
+    cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
+    rng = np.random.default_rng(settings.seed)
+    student = pipeline.student_of(teacher.unet, settings.student.gamma_dim, cond_proj, rng)
+    tokens = tokenizer.Tokenizer.from_folder(teacher.tokenizer)
+    dataset = _dataset(settings, tokens)
+    nets = _nets(settings, teacher, student)
+    adamw = optimizer.adamw(**settings.optimizer._asdict())
+    method = _method(settings.distill, teacher.scheduler)
+    devices = mesh.make(settings.mesh.axes)
+    mesh.check_batch(settings.batch_size, devices.shape["data"], settings.accumulate)
+    folder.start(workdir, as_dict(settings))
+
+    with log.bar(done, settings.num_steps) as progress:
+        with log.phase(progress, "loading"):
+            everywhere = mesh.replicated(devices)
+            key = jax.device_put(jax.random.key(settings.seed), everywhere)
+            train_key, samples_key = jax.random.split(key)
+            frozen = _frozen(teacher, tokens, nets, everywhere)
+            draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
+
+            first = partial(state.init, optimizer=adamw)
+            like = jax.eval_shape(first, student.params)
+            layout = mesh.shardings(like, devices, settings.mesh.rules)
+            checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
+            if done:
+                now = checkpoint.restore(checkpoints, done, like, layout)
+            else:
+                now = jax.jit(first, out_shardings=layout)(student.params)
+
+        steps = range(done + 1, settings.num_steps + 1)
+        put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
+        run = jax.jit(
+            partial(
+                step.train_step, nets=nets, method=method, optimizer=adamw,
+                ema_rate=settings.ema_rate, num_steps=settings.num_steps,
+            ),
+            donate_argnums=0, out_shardings=(layout, everywhere),
+        )  # fmt: skip
+        if steps:
+            with log.phase(progress, "compiling the step"):
+                run = run.lower(now, frozen, put(dataset[done]), train_key).compile()
+
+        feed = batches.iterate(
+            dataset, done,
+            num_threads=settings.data.num_threads, num_prefetch=settings.data.num_prefetch,
+        )  # fmt: skip
+        with (
+            log.started(workdir, done, progress) as journal,
+            contextlib.closing(feed),
+            contextlib.closing(checkpoints),
+            jax.transfer_guard("disallow"),
+        ):
+            unseen = []
+            for number in steps:
+                now, metrics = run(now, frozen, put(next(feed)), train_key)
+                unseen.append((number, metrics))
+                last = number == settings.num_steps
+                draws = last or number % settings.eval.every_steps == 0
+                saves = last or number % settings.checkpoint.every_steps == 0
+                # The metrics of a step are fetched when the next one is under way, except that
+                # no state is used or saved before its own are known to be finite.
+                while len(unseen) > (0 if draws or saves else 1):
+                    _record(journal, settings, *unseen.pop(0))
+                if draws:
+                    with log.phase(progress, "drawing samples"):
+                        _write_samples(journal, workdir, number, draw(now.target))
+                # After metrics and samples: whatever precedes a checkpoint is never missing.
+                if saves:
+                    checkpoint.save(checkpoints, number, now)
+
+        with log.phase(progress, "writing the student"):
+            # The target, not the student: the average over steps is the better model.
+            unet = student._replace(params=jax.device_get(now.target))
+            student = student_folder.student(
+                teacher, unet, original_inference_steps=settings.distill.num_subpaths
+            )
+            pretrained.write(workdir / "student", student)
+        with log.phase(progress, "evaluating"):
+            table = evaluate.report(workdir, teacher, student, settings.eval)
+    print(table)
+
+
+def _steps_done(settings: Settings, workdir: Path) -> int:
+    """The step to go on from; 0 for a new run. UserError if the settings do not fit the run's."""
+    done = checkpoint.latest(workdir / "checkpoints")
+    if done is None:
+        return 0
+    folder.check_same(workdir, as_dict(settings), FREE)
+    if done > settings.num_steps:
+        raise UserError(
+            f"{workdir} has been trained for {done} steps, more than num_steps "
+            f"{settings.num_steps}; raise it or choose another --workdir"
+        )
+    return done
+
+
+def _choose(choices: dict[str, Any], key: str, name: str) -> Any:
+    if name not in choices:
+        raise UserError(f"config.{key} {name!r} is not known; there are {', '.join(choices)}")
+    return choices[name]
+
+
+def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
+    """The choice of that name, called with the numbers that follow it."""
+    name, *numbers = call or ("",)
+    make = _choose(choices, key, name)
+    wanted = tuple(inspect.signature(make).parameters)
+    if len(numbers) != len(wanted) or not all(isinstance(n, (int, float)) for n in numbers):
+        raise UserError(f"config.{key} {call} must be {(name, *wanted)} with numbers")
+    return make(*map(float, numbers))
+
+
+def _dataset(settings: Settings, tokens: tokenizer.Tokenizer):
+    data = settings.data
+    source = _choose(SOURCES, "data.source", data.source)(data.size, data.num_images, data.seed)
+    return batches.batches(
+        source, batch_size=settings.batch_size, seed=settings.seed,
+        transform=partial(batches.decode, tokens),
+    )  # fmt: skip
+
+
+def _nets(
+    settings: Settings, teacher: pretrained.Pretrained, student: pretrained.Component
+) -> step.Nets:
+    frozen_dtype = pipeline.dtype(settings.teacher.dtype)
+    pipeline.latent_shape(teacher, settings.data.size)
+    return step.Nets(
+        student=pipeline.student(
+            student.config, pipeline.dtype(settings.student.dtype), settings.student.remat
+        ),
+        teacher=pipeline.teacher(teacher.unet.config, frozen_dtype),
+        encode_image=pipeline.encode_image(teacher.vae.config, frozen_dtype),
+        encode_text=pipeline.encode_text(teacher.text_encoder.config, frozen_dtype),
+    )
+
+
+def _method(distill: Distill, scheduler: dict) -> loss.Method:
+    levels = schedule.from_config(scheduler)
+    times = _choose(TIMES, "distill.times", distill.times)
+    return loss.checked(
+        loss.Method(
+            schedule=levels,
+            prediction=parameterization.prediction_from_config(scheduler),
+            times=times(distill.num_subpaths, levels.alpha.size),
+            length=distill.length,
+            stride=distill.stride,
+            w=distill.w,
+            sigma=_choose(SIGMAS, "distill.sigma", distill.sigma),
+            distance=_build(DISTANCES, "distill.distance", distill.distance),
+            gamma_law=_build(GAMMA_LAWS, "distill.gamma", distill.gamma),
+        )
+    )
+
+
+def _frozen(teacher: pretrained.Pretrained, tokens, nets: step.Nets, everywhere) -> state.Frozen:
+    unet, vae, text_encoder, empty = jax.device_put(
+        (
+            teacher.unet.params,
+            teacher.vae.params,
+            teacher.text_encoder.params,
+            tokens.encode([""]),
+        ),
+        everywhere,
+    )
+    return state.Frozen(unet, vae, text_encoder, jax.jit(nets.encode_text)(text_encoder, empty))
+
+
+def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_key):
+    """target parameters -> images [prompts, 2, H, W, 3], the teacher's and the student's."""
+    prompts, num_steps = list(settings.eval.prompts), settings.eval.student_steps
+    ids, cut = tokens.encode_with_cut(prompts)
+    command.warn_of_cut(prompts, cut, tokens.length)
+    text = jax.jit(nets.encode_text)(frozen.text_encoder, ids)
+    shape = pipeline.latent_shape(teacher, settings.data.size)
+    noise = jax.random.normal(samples_key, (num_steps, len(prompts), *shape))
+    x_T = noise[0]
+
+    decode = pipeline.decode(teacher.vae.config, pipeline.dtype(settings.teacher.dtype))
+    shared = (decode, method.schedule, method.prediction)
+    original_steps = settings.distill.num_subpaths
+    few_step = jax.jit(pipeline.few_step(nets.student, *shared, num_steps, original_steps))
+    ddim = jax.jit(
+        pipeline.ddim(nets.teacher, *shared, settings.eval.teacher_steps, original_steps, method.w)
+    )
+
+    @functools.cache
+    def teacher_images() -> np.ndarray:
+        drawn = ddim(frozen.teacher, frozen.vae, text, frozen.null_text, x_T)
+        return jax.device_get(drawn)
+
+    def draw(target) -> np.ndarray:
+        drawn = jax.device_get(few_step(target, frozen.vae, text, noise))
+        return np.stack([teacher_images(), drawn], axis=1)
+
+    return draw
+
+
+def _record(journal: log.Log, settings: Settings, number: int, metrics: dict) -> None:
+    """Fetches a step's metrics, shows them, and writes a line if one is due."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name]):
+            raise FloatingPointError(
+                f"step {number}: {name} is {values[name]}; the last good checkpoint is kept: "
+                "lower optimizer.learning_rate, or look at the data, and run again"
+            )
+    rate = log.advance(journal, settings.batch_size, values["loss"])
+    if number % settings.log.every_steps == 0:
+        log.write(journal, number, {**values, "images_per_second": rate})
+
+
+def _write_samples(journal: log.Log, workdir: Path, number: int, drawn: np.ndarray) -> None:
+    pixels = images.grid(drawn)
+    folder.write_atomic(workdir / "samples" / f"step_{number:06d}.png", images.png(pixels))
+    log.picture(journal, number, "teacher and student", pixels)
