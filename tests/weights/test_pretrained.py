@@ -293,6 +293,12 @@ def test_broken_tensors_are_named_with_their_file(model, words):
     assert f"{model}/{words}" in refusal(model)
 
 
+def test_a_tensor_is_named_as_its_file_names_it(model):
+    name, path = "final_layer_norm.bias", "text_encoder/model.safetensors"
+    edit_tensors(model / path, lambda t: t.update({name: torch.ones(9)}))
+    assert f"{model}/{path}: tensor '{name}' has shape [9]" in refusal(model)
+
+
 def test_a_tensor_under_two_names_is_refused(model):
     path = "text_encoder/model.safetensors"
     twice = "final_layer_norm.bias"
@@ -419,6 +425,12 @@ def test_a_missing_shard_is_named(sharded):
     shard = sorted(sharded.parent.glob("*-of-*.safetensors"))[1]
     shard.unlink()
     assert f"cannot read {shard}: No such file" in refusal(sharded.parents[1])
+
+
+def test_a_broken_tensor_is_named_with_its_shard(sharded):
+    shard = sharded.parent / json.loads(sharded.read_text())["weight_map"]["conv_in.bias"]
+    edit_tensors(shard, lambda t: t.update({"conv_in.bias": torch.ones(9)}))
+    assert f"{shard}: tensor 'conv_in.bias' has shape [9]" in refusal(sharded.parents[1])
 
 
 def test_a_shard_and_its_index_must_agree(sharded):

@@ -21,10 +21,12 @@ def some_tensors(dtype=np.float32) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_writes_the_bytes_that_safetensors_writes(tmp_path, dtype):
-    tensors = some_tensors(dtype)
-    tensorfile.write(tmp_path / "ours", tensors)
-    safetensors.numpy.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    # Names of several lengths, for the header's padding.
+    for name in ("x", "xx", "xxxx"):
+        tensors = {**some_tensors(dtype), name: np.ones(2, dtype)}
+        tensorfile.write(tmp_path / "ours", tensors)
+        safetensors.numpy.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_torch_reads_what_is_written_with_any_strides_and_dtype(tmp_path):
