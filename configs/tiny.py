@@ -56,6 +56,9 @@ def get_config() -> ConfigDict:
             ),
             teacher_steps=50,
             student_steps=4,
+            judge="assets/tiny_sd/classifier",
+            num_images=512,
+            batch_size=128,
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=100, keep=2))

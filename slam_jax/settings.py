@@ -62,12 +62,15 @@ class Data(NamedTuple):
 
 
 class Eval(NamedTuple):
-    """Sample grids while training goes on."""
+    """Sample grids while training goes on, and the comparison at the end."""
 
     every_steps: int
     prompts: tuple
     teacher_steps: int
     student_steps: int
+    judge: str  # folder of the classifier of shapes2d, for the table at the end; "" for no table
+    num_images: int  # of each row of the table
+    batch_size: int  # of those, drawn at a time
 
 
 class Checkpoint(NamedTuple):
@@ -116,7 +119,8 @@ FREE = ("num_steps", "eval", "checkpoint", "log", "data.num_threads", "data.num_
 
 _AT_LEAST_ONE = (
     "num_steps", "batch_size", "accumulate", "distill.num_subpaths", "data.num_images",
-    "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "checkpoint.every_steps",
+    "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
+    "eval.batch_size", "checkpoint.every_steps",
     "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
 _AT_LEAST_ZERO = ("seed", "data.seed", "data.num_threads", "data.num_prefetch")

@@ -48,6 +48,8 @@ def train(settings: Settings, workdir: Path) -> None:
     folder.check_writable(workdir)
     done = _steps_done(settings, workdir)
     mesh.check_rules(**settings.mesh._asdict())
+    if settings.eval.judge:
+        evaluate.judge_params(settings)
     teacher = pretrained.read(settings.teacher.folder, variant=settings.teacher.variant or None)
     cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
     rng = np.random.default_rng(settings.seed)
@@ -127,7 +129,7 @@ def train(settings: Settings, workdir: Path) -> None:
             )
             pretrained.write(workdir / "student", student)
         with log.phase(progress, "evaluating"):
-            table = evaluate.report(workdir, teacher, student, settings.eval)
+            table = evaluate.report(workdir, teacher, student, settings)
     print(table)
 
 

@@ -1,13 +1,15 @@
 """Pictures for people: a grid of images, and its PNG."""
 
 import io
+import textwrap
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 2
 _BACKGROUND = 255
+_FONT_SIZE = 12  # pixels
 _LEGIBLE = 96  # pixels; smaller images are enlarged without smoothing
 
 
@@ -33,3 +35,25 @@ def png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def labelled_grid(
+    images: Float[np.ndarray, "R C H W 3"], row_names: list[str], column_names: list[str]
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The grid with a name left of every row and one, wrapped, above every column."""
+    pixels = Image.fromarray(grid(images))
+    rows, columns = images.shape[:2]
+    row_height, column_width = (pixels.height + _GAP) // rows, (pixels.width + _GAP) // columns
+    font = ImageFont.load_default(_FONT_SIZE)
+    wrapped = [textwrap.fill(name, column_width * 2 // _FONT_SIZE) for name in column_names]
+    left = max(int(font.getlength(name)) for name in row_names) + 4 * _GAP
+    top = (max(text.count("\n") for text in wrapped) + 1) * (_FONT_SIZE + 4) + 2 * _GAP
+    canvas = Image.new("RGB", (left + pixels.width, top + pixels.height), (_BACKGROUND,) * 3)
+    canvas.paste(pixels, (left, top))
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(row_names):
+        middle = top + row * row_height + row_height // 2
+        draw.text((_GAP, middle), name, "black", font, anchor="lm")
+    for column, text in enumerate(wrapped):
+        draw.multiline_text((left + column * column_width, 0), text, "black", font)
+    return np.asarray(canvas)

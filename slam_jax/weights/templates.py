@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slam_jax.nets import clip, unet, vae
+from slam_jax.nets import classifier, clip, unet, vae
 
 
 def of_unet(config: Mapping) -> dict:
@@ -31,6 +31,11 @@ def of_vae(config: Mapping) -> dict:
 def of_text_encoder(config: Mapping) -> dict:
     """Tree of ShapeDtypeStruct of the CLIPTextModel that text_encoder/config.json describes."""
     return _shapes(clip.from_config(config), _integers(1, 1))
+
+
+def of_classifier(label_sizes: tuple[int, ...], size: int) -> dict:
+    """Tree of ShapeDtypeStruct of the ShapesClassifier for square images of `size` pixels."""
+    return _shapes(classifier.ShapesClassifier(label_sizes), _floats(1, size, size, 3))
 
 
 # Tracing takes seconds, and one process reads several folders of one shape.
