@@ -10,224 +10,161 @@ malformed.
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+import reference_recording
 
 from slam_jax.diffusion import guidance, parameterization, schedule, solver, subpath
-from slam_jax.distill import gamma, loss
+from slam_jax.distill import gamma as laws
+from slam_jax.distill import loss
 from slam_jax.errors import UserError
-from slam_jax.nets import unet
-from slam_jax.weights import pretrained, translate
+from slam_jax.weights import translate
 
 TOLERANCE = 1e-4
-INPUTS = ("latents", "noise", "prompt_embeds", "uncond_embeds", "index", "gamma")
-SETTINGS = ("w_scale", "num_ddim_timesteps", "skip", "huber_c", "prediction_type")
-GRADIENT = "grad_huber_"
 
 
-class Recording(NamedTuple):
-    """A directory's content: settings, method, networks and torch-layout tensors."""
-
-    settings: dict
-    method: loss.Method
-    teacher: pretrained.Component
-    student: pretrained.Component
-    target: pretrained.Component
-    tensors: dict[str, np.ndarray]
-
-
-class Batch(NamedTuple):
-    """The inputs of the step, as slam_jax takes them."""
-
-    x_0: jax.Array
-    text: jax.Array
-    null_text: jax.Array
-    draw: loss.Draw
-
-
-def read(folder: Path) -> Recording:
-    """Everything in the directory; UserError if something is missing or does not fit."""
-    settings = read_json(folder / "step.json")
-    missing = [key for key in SETTINGS if key not in settings]
-    if missing:
-        raise UserError(f"{folder / 'step.json'} lacks {missing[0]}")
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    levels = schedule.from_config(scheduler)
-    prediction = parameterization.prediction_from_config(scheduler)
-    if prediction != parameterization.prediction_from_config(settings):
-        raise UserError(f"{folder}: step.json and scheduler_config.json differ in prediction_type")
-    method = loss.Method(
-        schedule=levels,
-        prediction=prediction,
-        times=solver.start_grid(settings["num_ddim_timesteps"], levels.alpha.size),
-        length=settings["skip"],
-        stride=settings["skip"],
-        w=float(settings["w_scale"]),
-        sigma=subpath.sigma_markov,
-        distance=loss.pseudo_huber(settings["huber_c"]),
-        gamma_law=gamma.uniform,
+def to_batch(tensors: dict[str, np.ndarray]) -> tuple[jax.Array, jax.Array, jax.Array, loss.Draw]:
+    """x_0, text, null_text and draw, in our layout."""
+    text, null_text, gamma = (
+        jnp.asarray(tensors[name], jnp.float32)
+        for name in ("prompt_embeds", "uncond_embeds", "gamma")
     )
-    networks = [
-        pretrained.read_unet(folder / f"{name}_unet") for name in ("teacher", "student", "target")
-    ]
-    for network in networks[1:]:
-        if not network.config.get("time_cond_proj_dim"):
-            raise UserError(f"{folder}: student and target need time_cond_proj_dim, to take gamma")
-    return Recording(settings, method, *networks, read_tensors(folder / "tensors.safetensors"))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-
-
-def to_batch(tensors: dict[str, np.ndarray], num_times: int) -> Batch:
-    """The inputs in our layout; UserError if one is missing or of another shape."""
-    missing = [name for name in INPUTS if name not in tensors]
-    if missing:
-        raise UserError(f"tensors.safetensors lacks {missing[0]}")
-    latents, noise, text, null_text, index, position = (tensors[name] for name in INPUTS)
-    batch = len(latents)
-    if latents.ndim != 4 or noise.shape != latents.shape:
-        raise UserError(f"latents {latents.shape} and noise {noise.shape} must be equal [B,C,H,W]")
-    if text.ndim != 3 or len(text) != batch or null_text.shape != text.shape:
-        raise UserError(
-            f"prompt_embeds {text.shape} and uncond_embeds {null_text.shape} must be equal [B,L,D]"
-        )
-    if index.shape != (batch,) or position.shape != (batch,):
-        raise UserError(f"index {index.shape} and gamma {position.shape} must be [B]")
-    if index.dtype.kind != "i" or index.min() < 0 or index.max() >= num_times:
-        raise UserError(f"index {index.tolist()} must hold integers from 0 to {num_times - 1}")
-    draw = loss.Draw(
-        index=jnp.asarray(index, jnp.int32),
-        noise=to_nhwc(noise),
-        gamma=jnp.asarray(position.reshape(-1, 1, 1, 1), jnp.float32),
-    )
-    return Batch(
-        to_nhwc(latents), jnp.asarray(text, jnp.float32), jnp.asarray(null_text, jnp.float32), draw
-    )
+    index = jnp.asarray(tensors["index"], jnp.int32)
+    draw = loss.Draw(index, to_nhwc(tensors["noise"]), gamma.reshape(-1, 1, 1, 1))
+    return to_nhwc(tensors["latents"]), text, null_text, draw
 
 
 def to_nhwc(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array.transpose(0, 2, 3, 1), jnp.float32)
 
 
-def to_nchw(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).transpose(0, 3, 1, 2)
+def to_torch(array: jax.Array) -> np.ndarray:
+    """Images as NCHW, coefficients and scalars as vectors, the rest as it is."""
+    array = np.asarray(array)
+    if array.ndim == 4 and array.shape[1:] != (1, 1, 1):
+        return array.transpose(0, 3, 1, 2)
+    return array if array.ndim == 2 else array.ravel()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model: unet.UNet2DConditionModel, params: dict, *inputs: jax.Array) -> jax.Array:
-    return model.apply({"params": params}, *inputs)
+def method_of(settings: reference_recording.Settings, levels: schedule.Schedule) -> loss.Method:
+    """The released script's method: one solver step, its own noise level."""
+    return loss.Method(
+        schedule=levels,
+        prediction=parameterization.prediction_from_config(settings._asdict()),
+        times=solver.start_grid(settings.num_ddim_timesteps, levels.alpha.size),
+        length=settings.skip,
+        stride=settings.skip,
+        w=settings.w_scale,
+        sigma=subpath.sigma_markov,
+        distance=loss.pseudo_huber(settings.huber_c),
+        gamma_law=laws.uniform,
+    )
 
 
-def plain_network(network: pretrained.Component) -> Callable:
-    """(params, x, t, text) -> output."""
-    return functools.partial(apply, unet.from_config(network.config))
-
-
-def gamma_network(network: pretrained.Component) -> Callable:
-    """(params, x, t, text, gamma) -> output."""
-    model = unet.from_config(network.config)
-
-    def call(params, x, t, text, position):
-        # Outside of jit, where XLA could not round its large phases in another way.
-        embedding = parameterization.gamma_embedding(position, model.time_cond_proj_dim)
-        return apply(model, params, x, t, text, embedding)
-
-    return call
-
-
-def replay(recording: Recording) -> dict[str, np.ndarray]:
+def replay(recording: reference_recording.Recording) -> dict[str, np.ndarray]:
     """Our value of every tensor that a recording holds beyond its inputs, in torch's layout."""
-    method, batch = recording.method, to_batch(recording.tensors, recording.method.times.size)
-    teacher_net = plain_network(recording.teacher)
-    student_net, target_net = gamma_network(recording.student), gamma_network(recording.target)
-
-    def teacher(x, t, text):
-        return teacher_net(recording.teacher.params, x, t, text)
-
-    def target(x, t, text, position):
-        return target_net(recording.target.params, x, t, text, position)
-
-    def huber(params):
-        values = loss.terms(
-            lambda *inputs: student_net(params, *inputs), target, teacher, method, *batch
-        )
-        return jnp.mean(method.distance(values.f_student, values.f_target)), values
-
-    student_params = jax.tree.map(jnp.asarray, recording.student.params)
-    (loss_huber, values), gradient = jax.value_and_grad(huber, has_aux=True)(student_params)
-    width = recording.student.config["time_cond_proj_dim"]
+    settings, levels, models, params, tensors = recording
+    *inputs, draw = to_batch(tensors)
+    # Outside of jit, where XLA would round these large phases in another way than torch.
+    embedding = parameterization.gamma_embedding(draw.gamma, models.student.time_cond_proj_dim)
+    values, gradient = step(settings, models, levels, params, inputs, draw, embedding)
     return {
-        "w": np.full(len(batch.x_0), method.w),
-        "gamma_embedding": parameterization.gamma_embedding(batch.draw.gamma, width),
-        "loss_l2": jnp.mean(loss.squared(values.f_student, values.f_target)),
-        "loss_huber": loss_huber,
-        **named(values),
-        **teacher_values(teacher, method, values, batch),
-        **gradients(translate.to_tensors(gradient), recording.tensors),
+        "w": np.full(draw.index.shape, settings.w_scale),
+        "gamma_embedding": embedding,
+        **{name: to_torch(value) for name, value in values.items()},
+        **gradients(translate.to_tensors(gradient), tensors),
     }
 
 
-def named(values: loss.Terms) -> dict[str, np.ndarray]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def step(
+    settings: reference_recording.Settings,
+    models: reference_recording.Networks,
+    levels: schedule.Schedule,
+    params: reference_recording.Networks,
+    inputs: list[jax.Array],
+    draw: loss.Draw,
+    embedding: jax.Array,
+) -> tuple[dict[str, jax.Array], dict]:
+    """Every value of the step in our layout, and the gradient of the student's parameters."""
+    method = method_of(settings, levels)
+
+    def teacher(x, t, text):
+        return models.teacher.apply({"params": params.teacher}, x, t, text)
+
+    def target(x, t, text, position):
+        ones = parameterization.gamma_embedding(position, models.target.time_cond_proj_dim)
+        return models.target.apply({"params": params.target}, x, t, text, ones)
+
+    def huber(student_params):
+        def student(x, t, text, position):
+            assert position is draw.gamma
+            return models.student.apply({"params": student_params}, x, t, text, embedding)
+
+        values = loss.terms(student, target, teacher, method, *inputs, draw)
+        return jnp.mean(method.distance(values.f_student, values.f_target)), values
+
+    (loss_huber, values), gradient = jax.value_and_grad(huber, has_aux=True)(params.student)
+    found = {
+        "loss_huber": loss_huber,
+        "loss_l2": jnp.mean(loss.squared(values.f_student, values.f_target)),
+        **named(values),
+        **inside_solver(teacher, method, values, *inputs[1:]),
+    }
+    return found, gradient
+
+
+def named(values: loss.Terms) -> dict[str, jax.Array]:
     """The loss's intermediate values under the recording's names."""
     c_skip_start, c_out_start = parameterization.boundary(values.t)
     c_skip_end, c_out_end = parameterization.boundary(values.s)
     return {
         "start_timesteps": values.t,
         "end_timesteps": values.s,
-        "noisy_latents": to_nchw(values.x_t),
-        "x_prev": to_nchw(values.x_s),
-        "target_eps": to_nchw(values.target_output),
-        "target": to_nchw(values.f_target),
-        "interpolated": to_nchw(values.x_gamma),
-        "student_eps": to_nchw(values.student_output),
-        "student_x0": to_nchw(values.student_x0),
-        "student_output": to_nchw(values.f_student),
-        "c_skip_start": np.ravel(c_skip_start),
-        "c_out_start": np.ravel(c_out_start),
-        "c_skip_end": np.ravel(c_skip_end),
-        "c_out_end": np.ravel(c_out_end),
+        "noisy_latents": values.x_t,
+        "x_prev": values.x_s,
+        "target_eps": values.target_output,
+        "target": values.f_target,
+        "interpolated": values.x_gamma,
+        "student_eps": values.student_output,
+        "student_x0": values.student_x0,
+        "student_output": values.f_student,
+        "c_skip_start": c_skip_start,
+        "c_out_start": c_out_start,
+        "c_skip_end": c_skip_end,
+        "c_out_end": c_out_end,
     }
 
 
-def teacher_values(
-    teacher: Callable, method: loss.Method, values: loss.Terms, batch: Batch
-) -> dict[str, np.ndarray]:
+def inside_solver(
+    teacher: Callable,
+    method: loss.Method,
+    values: loss.Terms,
+    text: jax.Array,
+    null_text: jax.Array,
+) -> dict[str, jax.Array]:
     """What goes on inside the one solver step from x_t to x_s."""
-    both = (jnp.concatenate(pair) for pair in ((values.x_t,) * 2, (values.t,) * 2, batch[1:3]))
-    eps_cond, eps_uncond = jnp.split(teacher(*both), 2)
+    outputs = []
+
+    def watched(*inputs):
+        outputs.append(teacher(*inputs))
+        return outputs[-1]
+
     x_0hat, eps = guidance.guided(
-        teacher, values.x_t, values.t, batch.text, batch.null_text,
+        watched, values.x_t, values.t, text, null_text,
         method.w, method.schedule, method.prediction,
     )  # fmt: skip
+    eps_cond, eps_uncond = jnp.split(outputs[0], 2)
     return {
-        "teacher_eps_cond": to_nchw(eps_cond),
-        "teacher_eps_uncond": to_nchw(eps_uncond),
-        "solver_pred_x0": to_nchw(x_0hat),
-        "solver_pred_noise": to_nchw(eps),
+        "teacher_eps_cond": eps_cond,
+        "teacher_eps_uncond": eps_uncond,
+        "solver_pred_x0": x_0hat,
+        "solver_pred_noise": eps,
     }
 
 
@@ -236,10 +173,10 @@ def gradients(
 ) -> dict[str, np.ndarray]:
     """The gradient's norm, and its part for each module whose recorded name ends a weight's."""
     squares = [np.sum(np.square(part, dtype=np.float64)) for part in gradient.values()]
-    found = {"grad_global_norm_huber": np.sqrt(np.sum(squares))}
+    found = {"grad_global_norm_huber": np.sqrt([np.sum(squares)])}
     for name in recorded:
-        if name.startswith(GRADIENT):
-            module = name.removeprefix(GRADIENT)
+        if name.startswith(reference_recording.GRADIENT):
+            module = name.removeprefix(reference_recording.GRADIENT)
             weights = [key for key in gradient if f".{key}".endswith(f".{module}.weight")]
             if len(weights) != 1:
                 raise UserError(f"{name}: {len(weights)} weights of the student are called so")
@@ -250,8 +187,6 @@ def gradients(
 def relative_error(ours: np.ndarray, recorded: np.ndarray) -> float:
     """||ours - recorded|| / ||recorded||; ||ours|| if the recorded tensor is all zeros."""
     ours, recorded = np.asarray(ours, np.float64), np.asarray(recorded, np.float64)
-    if ours.ndim == 0:
-        ours = ours.reshape(1)
     if ours.shape != recorded.shape:
         return np.inf
     norm = np.linalg.norm(recorded)
@@ -260,13 +195,10 @@ def relative_error(ours: np.ndarray, recorded: np.ndarray) -> float:
 
 def compare(folder: Path) -> dict[str, float]:
     """Relative error of every recorded tensor, inputs excepted."""
-    recording = read(folder)
+    recording = reference_recording.read(folder)
     ours = replay(recording)
-    recorded = {name: tensor for name, tensor in recording.tensors.items() if name not in INPUTS}
-    for name in sorted(ours.keys() ^ recorded.keys()):
-        where = "lacks" if name in ours else "holds an unknown"
-        raise UserError(f"{folder / 'tensors.safetensors'} {where} tensor {name!r}")
-    return {name: relative_error(ours[name], recorded[name]) for name in sorted(recorded)}
+    outputs = sorted(recording.tensors.keys() - set(reference_recording.INPUTS))
+    return {name: relative_error(ours[name], recording.tensors[name]) for name in outputs}
 
 
 def main(arguments: list[str]) -> int:
