@@ -204,6 +204,13 @@ def test_configs_made_by_hand_are_completed(pipeline, torch_folder, tmp_path):
         for part in PARTS
     }
     pretrained.write(tmp_path / "ours", model._replace(**bare))
+    written = {
+        part: json.loads((tmp_path / "ours" / part / "config.json").read_text()) for part in PARTS
+    }
+    assert written["unet"]["_class_name"] == "UNet2DConditionModel"
+    assert written["vae"]["_class_name"] == "AutoencoderKL"
+    assert written["text_encoder"]["architectures"] == ["CLIPTextModel"]
+    assert written["text_encoder"]["model_type"] == "clip_text_model"
     assert_pipelines_agree(load(tmp_path / "ours"), pipeline, same_scheduler=False)
 
 
