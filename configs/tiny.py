@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 600
+    config.num_steps = 250
     config.batch_size = 32
     config.accumulate = 1
     config.ema_rate = 0.95
@@ -23,9 +23,9 @@ def get_config() -> ConfigDict:
         dict(
             num_subpaths=50,
             times="grid",
-            length=100,
-            stride=20,
-            w=3.0,  # 0 = conditional only; diffusers' guidance_scale is w + 1
+            length=200,
+            stride=100,
+            w=1.0,  # 0 = conditional only; diffusers' guidance_scale is w + 1
             sigma="fixed",
             gamma=("annealed", 0.0, 1.0, 0.5),
             distance=("huber", 1e-3),
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            learning_rate=3e-4,
+            learning_rate=5e-4,
             warmup_steps=20,
             clip_norm=1.0,
             weight_decay=0.0,
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     )
     config.eval = ConfigDict(
         dict(
-            every_steps=200,
+            every_steps=125,
             prompts=(
                 "a red circle above a blue square",
                 "a green triangle left of a yellow cross",
@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
             teacher_steps=50,
             student_steps=4,
             judge="assets/tiny_sd/classifier",
-            num_images=512,
+            num_images=256,
             batch_size=128,
         )
     )
