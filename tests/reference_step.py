@@ -81,7 +81,10 @@ def replay(recording: reference_recording.Recording) -> dict[str, np.ndarray]:
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# It runs once, on small networks: most of the time goes into compiling.
+@functools.partial(
+    jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0}
+)
 def step(
     settings: reference_recording.Settings,
     models: reference_recording.Networks,

@@ -11,9 +11,9 @@ import torch
 def unet(
     time_cond_proj_dim: int | None, cross_attention_dim: int
 ) -> diffusers.UNet2DConditionModel:
-    """Heads that differ by level, linear projections, two layers: not the shared recording's."""
+    """Unlike the shared recording's: heads differ by level, projections are linear."""
     return diffusers.UNet2DConditionModel(
-        sample_size=(6, 4), block_out_channels=(8, 16), layers_per_block=2,
+        sample_size=(6, 4), block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), cross_attention_dim=cross_attention_dim, norm_num_groups=4,
