@@ -1,0 +1,155 @@
+"""The benchmarks print their line, count FLOPs right, and need no more than they promise."""
+
+import ast
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Runs programs one after the other in one process (argv: a line each) in which all else that the
+# project ever imports is missing, as on a machine with jax and flax alone.
+RUNNER = """
+import runpy, shlex, sys
+
+class Missing:
+    NAMES = {
+        "safetensors", "ml_collections", "grain", "array_record", "tokenizers", "orbax", "PIL",
+        "tensorboardX", "tqdm", "torch", "diffusers", "transformers", "huggingface_hub",
+        "beartype", "pytest",
+    }
+    OURS = {"nets", "diffusion", "distill", "shapes", "errors"}
+
+    def find_spec(self, name, path=None, target=None):
+        top, _, rest = name.partition(".")
+        ours = top == "slam_jax" and rest and rest.partition(".")[0] not in self.OURS
+        if top in self.NAMES or ours:
+            raise ModuleNotFoundError(f"{name} is not for benchmarks")
+
+sys.meta_path.insert(0, Missing())
+for line in sys.argv[1:]:
+    sys.argv = shlex.split(line)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def lines():
+    programs = [
+        "benchmarks/train_step.py --batch 1 --repeat 1",
+        "benchmarks/sampler.py --batch 2 --repeat 2 --steps 3",
+        "benchmarks/sampler.py --size sd15 --dtype bfloat16 --dry_run",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUNNER, *programs],
+        cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert len(printed) == len(programs), done.stdout
+    return [json.loads(line) for line in printed]
+
+
+@pytest.mark.parametrize(("number", "program", "batch"), [(0, "train_step", 1), (1, "sampler", 2)])
+def test_prints_what_a_call_costs(lines, number, program, batch):
+    line = lines[number]
+    assert (line["program"], line["size"], line["batch"]) == (program, "tiny", batch)
+    assert line["device"] == "cpu" and line["jax"] == jax.__version__
+    assert 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
+    assert line["images_per_s"] == pytest.approx(1e3 * batch / line["ms"], rel=1e-2)
+    assert line["trace_s"] > 0 and line["compile_s"] > 0
+    assert line["device_peak_bytes"] is None
+    # At the least the student's parameters are in memory.
+    assert line["program_bytes"] > 4 * line["parameters"]["student"]
+
+
+def test_flops_agree_with_xla_where_it_counts_loops_right(lines):
+    """XLA adds element-wise operations and leaves out padding: both matter in networks so small."""
+    train, sample = lines[0], lines[1]
+    assert train["flops"] == pytest.approx(train["cost_analysis_flops"], rel=0.25)
+    # Three steps, of which XLA counts one; text encoding and decoding are outside the loop.
+    assert 1.5 < sample["flops"] / sample["cost_analysis_flops"] < 3.0
+
+
+def test_sd15_has_its_published_sizes_without_being_allocated(lines):
+    line = lines[2]
+    assert line["parameters"] == {
+        # Stable Diffusion 1.5's UNet and cond_proj, which takes the embedding of gamma.
+        "student": 859_520_964 + 256 * 320,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+    }
+    assert "ms" not in line
+    # As torch.utils.flop_counter counts diffusers' and transformers' classes on the meta device.
+    student, decoder, text_encoder = 803_273_605_120, 2_514_518_933_504, 13_298_503_680
+    assert line["flops"] == 8 * (4 * student + decoder + text_encoder)
+
+
+def _flops(function, *shapes):
+    spec = importlib.util.spec_from_file_location("flops", ROOT / "benchmarks/flops.py")
+    flops = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flops)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return flops.count(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
+
+
+def test_flops_of_products_loops_and_recomputation():
+    product = 2 * 3 * 5 * 7
+    x, w = (3, 5), (5, 7)
+    assert _flops(jnp.matmul, x, w) == product
+    assert _flops(lambda x, w: jnp.einsum("bij,bjk->bik", x, w), (4, *x), (4, *w)) == 4 * product
+
+    def loop(x, w):
+        return jax.lax.fori_loop(0, 6, lambda _, total: total + jnp.sum(x @ w), 0.0)
+
+    assert _flops(loop, x, w) == 6 * product
+
+    def loss(x, w):
+        return jnp.sum(jnp.sin(x @ w) ** 2)
+
+    # Forwards once, backwards twice; recomputation adds another time forwards.
+    assert _flops(jax.grad(loss, argnums=(0, 1)), x, w) == 3 * product
+    assert _flops(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), x, w) == 4 * product
+    either = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w + x @ w)  # noqa: E731
+    assert _flops(either, x, w) == 2 * product
+
+
+def test_flops_of_convolutions_and_their_gradients():
+    def convolve(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    # 4 x 4 places, each 3 x 3 x 5 inputs to 7 outputs.
+    once = 2 * 2 * 4 * 4 * 3 * 3 * 5 * 7
+    shapes = (2, 8, 8, 5), (3, 3, 5, 7)
+    assert _flops(convolve, *shapes) == once
+    both = jax.grad(lambda x, w: jnp.sum(convolve(x, w) ** 2), argnums=(0, 1))
+    assert _flops(both, *shapes) == 3 * once
+
+
+ALLOWED = {"jax", "flax", "optax", "numpy", "absl", "jaxtyping", "benchmarks", "slam_jax"}
+FOLDERS = ("benchmarks", "slam_jax/nets", "slam_jax/diffusion", "slam_jax/distill")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_stay_within_what_a_bare_machine_has(folder):
+    """Also where a run does not pass, as inside a function."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "."]
+            for name in names:
+                top = name.partition(".")[0]
+                assert top in ALLOWED | sys.stdlib_module_names, f"{path}:{node.lineno}: {name}"
