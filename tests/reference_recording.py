@@ -63,7 +63,10 @@ def read(folder: Path) -> Recording:
     prediction = parameterization.prediction_from_config(scheduler)
     if prediction != parameterization.prediction_from_config(settings._asdict()):
         raise UserError(f"{folder}: step.json and scheduler_config.json differ in prediction_type")
-    parts = [pretrained.read_unet(folder / f"{name}_unet") for name in Networks._fields]
+    parts = [
+        pretrained.read_component(folder / f"{name}_unet", pretrained.UNET)
+        for name in Networks._fields
+    ]
     models = Networks(*(unet.from_config(part.config) for part in parts))
     if not models.student.time_cond_proj_dim or not models.target.time_cond_proj_dim:
         raise UserError(f"{folder}: student and target need time_cond_proj_dim, to take gamma")

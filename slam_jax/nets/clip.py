@@ -147,7 +147,7 @@ class CLIPTextModel(nn.Module):
         return nn.Embed(rows, self.hidden_size, dtype=self.dtype, name=name)
 
 
-def from_config(config: Mapping, *, dtype=jnp.float32) -> CLIPTextModel:
+def from_config(config: Mapping, *, dtype: DTypeLike = jnp.float32) -> CLIPTextModel:
     """The network that a text_encoder/config.json describes; UserError for what is not built."""
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     missing = [key for key in (*_READ, "hidden_act") if key not in config]

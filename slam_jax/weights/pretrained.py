@@ -82,13 +82,6 @@ def read_component(
     return _load(_find(Path(folder), part, variant), dtype)
 
 
-def read_unet(
-    folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = np.float32
-) -> Component:
-    """The UNet in `folder`, which holds its config.json and weights."""
-    return read_component(folder, UNET, variant=variant, dtype=dtype)
-
-
 def write(
     folder: str | Path,
     pretrained: Pretrained,

@@ -182,7 +182,7 @@ def test_reading_starts_no_device(torch_folder):
 
 def test_reads_one_network_from_any_folder(pipeline, torch_folder, tmp_path):
     shutil.copytree(torch_folder / "unet", tmp_path / "student_unet")
-    unet = pretrained.read_unet(tmp_path / "student_unet")
+    unet = pretrained.read_component(tmp_path / "student_unet", pretrained.UNET)
     assert_same_tree(unet.params, pretrained.read(torch_folder).unet.params)
     pretrained.write_component(tmp_path / "again", pretrained.UNET, unet)
     net = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "again")
