@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from slam_jax.errors import UserError
 
@@ -24,7 +24,7 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except _CONFIG_ERRORS as error:
-        sys.exit(_complain(f"{_one_line(error)} (see --help)", 2))
+        sys.exit(_complain(f"{one_line(error)} (see --help)", 2))
     missing = [f"--{name}" for name in required if flags.FLAGS[name].value is None]
     if missing:
         sys.exit(_complain(f"{', '.join(missing)} must be given (see --help)", 2))
@@ -34,6 +34,8 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
 
 
 def _guarded(main: Callable[[], None], _argv: list[str]) -> int:
+    # Orbax tells of every file it writes.
+    logging.set_verbosity(logging.ERROR)
     try:
         main()
     except UserError as error:
@@ -58,7 +60,7 @@ def _complain(message: str, status: int) -> int:
     return status
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The message without line breaks; where Python's message alone says little, its type too."""
     message = " ".join(str(error).split())
     return message if isinstance(error, flags.Error) else f"{type(error).__name__}: {message}"

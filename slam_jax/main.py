@@ -9,13 +9,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from slam_jax import command, settings, train
+from slam_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same again resumes the run.")
 
 
 def main() -> None:
-    train.train(settings.from_config(_CONFIG.value), Path(_WORKDIR.value))
+    # absl calls --config parsed even where the file is missing; touching the value tells.
+    try:
+        config = _CONFIG.value.to_dict()
+    except (OSError, AttributeError) as error:
+        raise UserError(f"--config: {command.one_line(error)}") from None
+    train.train(settings.from_config(config), Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

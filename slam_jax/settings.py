@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from slam_jax.errors import UserError
 
 
@@ -126,9 +124,9 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = ("seed", "data.seed", "data.num_threads", "data.num_prefetch")
 
 
-def from_config(config: ConfigDict) -> Settings:
+def from_config(config: Mapping[str, Any]) -> Settings:
     """Every key of the config, none missing, none unknown, each of its type; else UserError."""
-    settings = _read(Settings, config.to_dict(), "")
+    settings = _read(Settings, config, "")
     leaves = as_dict(settings)
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:

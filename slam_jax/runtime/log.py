@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,9 +25,10 @@ class Log(NamedTuple):
 
 
 def bar(step: int, num_steps: int) -> tqdm:
-    """A progress bar over the training steps; the time to come is counted from `step` on."""
+    """A progress bar over the steps; drawn twice a second on a terminal, seldom in a file."""
     return tqdm(
-        total=num_steps, initial=step, dynamic_ncols=True, mininterval=0.5, desc="starting",
+        total=num_steps, initial=step, dynamic_ncols=True, desc="starting",
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}{postfix}]",
     )  # fmt: skip
@@ -89,7 +91,7 @@ def phase(progress: tqdm, name: str) -> Iterator[None]:
     finished = threading.Event()
 
     def tick() -> None:
-        while not finished.wait(1.0):
+        while not finished.wait(progress.mininterval):
             progress.refresh()
 
     before = progress.desc

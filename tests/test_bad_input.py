@@ -1,0 +1,195 @@
+"""A user's mistake is one line on stderr that names the value, status 2, and no device is touched.
+
+All cases run in children of one process that has imported the programs once.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Reads [module, arguments] from stdin; prints [status, stderr, devices touched] for each.
+SERVER = """
+import json, os, runpy, sys, tempfile
+import slam_jax.train, ml_collections.config_flags
+from jax._src import xla_bridge
+results = []
+for module, arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile() as errors:
+        child = os.fork()
+        if child == 0:
+            os.dup2(errors.fileno(), 2)
+            sys.argv = [module, *arguments]
+            status = 0
+            try:
+                runpy.run_module(module, run_name="__main__")
+            except SystemExit as end:
+                status = end.code or 0
+            sys.stderr.flush()
+            os._exit(status + (100 if xla_bridge.backends_are_initialized() else 0))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        errors.seek(0)
+        results.append([status % 100, errors.read().decode(), status >= 100])
+json.dump(results, sys.stdout)
+"""
+
+# Name -> (overrides of configs/tiny.py, what stderr says).
+VALUES = {
+    "unknown_key": (["--config.distil.w=3"], r"distil\b"),
+    "unknown_leaf": (["--config.distill.ww=3"], r"ww\b"),
+    "wrong_type": (["--config.num_steps=many"], "num_steps.*many"),
+    "unknown_flag": (["--wrokdir=x"], "wrokdir"),
+    "stray_word": (["resume"], "'resume'"),
+    "not_positive": (["--config.num_steps=0"], r"config\.num_steps=0 must be at least 1"),
+    "ema_rate": (["--config.ema_rate=1.0"], r"config\.ema_rate=1\.0 .*\[0, 1\)"),
+    "no_folder": (["--config.teacher.folder=/no/such"], "/no/such.*hf download"),
+    "dtype": (["--config.student.dtype=int8"], "'int8'.*float32, bfloat16"),
+    "cond_proj": (["--config.student.cond_proj=ones"], "'ones'.*random, zero"),
+    "gamma_dim": (["--config.student.gamma_dim=7"], "gamma_dim 7 must be even"),
+    "source": (["--config.data.source=laion"], "'laion'.*shapes2d"),
+    "size": (["--config.data.size=31"], "size=31.*32 or 64"),
+    "mesh": (["--config.mesh.rules=(('.*',('model',)),)"], "names the axis 'model'"),
+    "variant": (["--config.teacher.variant=fp16"], "no .*fp16.safetensors"),
+}
+# The same, where the schedule, which lies on a device, has to be made first.
+LATE_VALUES = {
+    "gamma": (["--config.distill.gamma=('beta',2)"], "'beta'.*uniform, ones, mixture, annealed"),
+    "gamma_numbers": (["--config.distill.gamma=('mixture',)"], r"must be \('mixture', 'p'\)"),
+    "gamma_range": (["--config.distill.gamma=('mixture',1.5)"], "p_0 1.5 is a probability"),
+    "distance": (["--config.distill.distance=('l1',)"], "'l1'.*l2, huber"),
+    "sigma": (["--config.distill.sigma=none"], "'none'.*markov, ddim, fixed"),
+    "times": (["--config.distill.times=some"], "'some'.*grid, all"),
+    "length": (["--config.distill.length=50"], "length 50 must be a positive multiple of stride"),
+    "learning_rate": (["--config.optimizer.learning_rate=0.0"], "learning_rate 0.0"),
+    "batch_size": (["--config.batch_size=30"], "batch_size 30 .* 4 devices .*use 28 or 32"),
+    "accumulate": (["--config.accumulate=5"], "batch_size 32 .*accumulate 5; use 20 or 40"),
+}
+
+
+def _config_files(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
+    """Config files that cannot be used."""
+    tiny = (ROOT / "configs" / "tiny.py").read_text()
+    sources = {
+        "import_error": ("import no_such_module", "no_such_module"),
+        "syntax_error": ("def get_config(:", "SyntaxError|invalid syntax"),
+        "no_function": ("x = 1", "get_config"),
+        "no_config_dict": ("def get_config():\n    return [1]", "'list' object"),
+        "raises": ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
+        "missing_key": (
+            tiny.replace("    config.accumulate = 1\n", ""), r"config\.accumulate is missing"
+        ),
+        "extra_key": (
+            tiny.replace("config.accumulate", "config.lr = 1\n    config.accumulate"),
+            r"config\.lr is not known",
+        ),
+        "no_group": (
+            tiny.replace("config.log = ConfigDict(dict(every_steps=10))", "config.log = 10"),
+            r"config\.log=10 must be a group",
+        ),
+    }  # fmt: skip
+    cases = {}
+    for name, (source, said) in sources.items():
+        (folder / f"{name}.py").write_text(source)
+        cases[name] = ([f"--config={folder / f'{name}.py'}", f"--workdir={folder / name}"], said)
+    cases["no_config_file"] = (["--config=nope.py", f"--workdir={folder / 'a'}"], r"nope\.py")
+    cases["no_config"] = ([f"--workdir={folder / 'b'}"], "--config must be given")
+    cases["no_workdir"] = ([f"--config={folder / 'extra_key.py'}"], "--workdir must be given")
+    return cases
+
+
+def _folders(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[list[str], str]]:
+    """Model folders that cannot be used, and work folders."""
+
+    def copy(name):
+        return pathlib.Path(shutil.copytree(model, folder / name))
+
+    weights = pathlib.Path("unet") / "diffusion_pytorch_model.safetensors"
+    path = copy("truncated") / weights
+    path.write_bytes(path.read_bytes()[:-1000])
+    (copy("without") / weights).unlink()
+    for name, file, key, value in (
+        ("other_pipeline", "model_index.json", "_class_name", "FluxPipeline"),
+        ("student", "unet/config.json", "time_cond_proj_dim", 8),
+    ):
+        path = copy(name) / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    flow = copy("flow") / "scheduler" / "scheduler_config.json"
+    flow.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
+    (folder / "file").touch()
+    said = {
+        "truncated": r"unet/diffusion_pytorch_model\.safetensors is cut short",
+        "without": r"no diffusion_pytorch_model\.safetensors",
+        "other_pipeline": "FluxPipeline",
+        "student": "cond_proj",
+        "flow": "FlowMatchEulerDiscreteScheduler",
+    }
+    cases = {name: ([f"--config.teacher.folder={folder / name}"], said[name]) for name in said}
+    cases["workdir"] = ([f"--workdir={folder}/file/run"], "file/run.*Not a directory.*--workdir")
+    started = folder / "started"
+    (started / "checkpoints" / "5").mkdir(parents=True)
+    (started / "config.json").write_text('{"seed": 1}')
+    cases["resume"] = ([f"--workdir={started}", "--config.seed=0"], "was trained with .*absent")
+    return cases
+
+
+def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[list[str], str]]:
+    known = [f"--model={model}", f"--out={folder}/out.png"]
+    prompt = "--prompt=a circle"
+    return {
+        "sample_no_model": ([f"--out={folder}/x.png", prompt], "--model must be given"),
+        "sample_out": ([known[0], f"--out={folder}/x.jpg", prompt], r"x\.jpg must end in"),
+        "sample_no_prompt": (known, "one of --prompt and --prompts"),
+        "sample_no_file": ([*known, "--prompts=/no/file"], "cannot read --prompts /no/file"),
+        "sample_folder": (["--model=/no/such", known[1], prompt], "no folder /no/such"),
+        "sample_noise": ([*known, prompt, "--noise=/no.npy"], "cannot read --noise /no.npy"),
+        "sample_steps": ([*known, prompt, "--steps=0"], "0 sampling steps: choose from 1 to 50"),
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory, tiny_folder):
+    """Name -> (status, stderr, devices touched, what stderr should say)."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    good = [
+        f"--config={ROOT / 'configs' / 'tiny.py'}", f"--config.teacher.folder={tiny_folder}",
+        f"--workdir={folder / 'run'}", "--config.eval.judge=",
+    ]  # fmt: skip
+    cases = {
+        name: ([*good, *extra], said)
+        for name, (extra, said) in _folders(folder, tiny_folder).items()
+    }
+    cases |= {
+        name: ([*good, *extra], said) for name, (extra, said) in (VALUES | LATE_VALUES).items()
+    }
+    cases |= _config_files(folder)
+    requests = [["slam_jax.main", arguments] for arguments, _ in cases.values()]
+    sample_cases = _sample_cases(folder, tiny_folder)
+    requests += [["slam_jax.sample", arguments] for arguments, _ in sample_cases.values()]
+    cases |= sample_cases
+    server = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SERVER], input=json.dumps(requests), cwd=ROOT,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    results = zip(cases.items(), json.loads(server.stdout), strict=True)
+    return {name: (*result, said) for (name, (_, said)), result in results}
+
+
+def test_every_mistake_is_one_line_with_status_2(answers):
+    wrong = {}
+    for name, (status, stderr, _, said) in answers.items():
+        one_line = re.fullmatch(r"error: [^\n]*\n", stderr) is not None
+        if status != 2 or not one_line or not re.search(said, stderr):
+            wrong[name] = (status, stderr)
+    assert not wrong, "\n".join(f"{name}: {status} {err}" for name, (status, err) in wrong.items())
+
+
+def test_no_device_is_touched_before(answers):
+    late = {*LATE_VALUES, "flow", "sample_steps", "sample_noise"}
+    assert {name for name, (_, _, touched, _) in answers.items() if touched} <= late

@@ -1,0 +1,14 @@
+"""What the programs say on stderr."""
+
+from slam_jax import command
+
+
+def test_a_cut_prompt_is_told_with_what_was_lost(capsys):
+    command.warn_of_cut(["a cat", "a very long prompt about a dog"], ["", "about a dog"], 77)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: prompt 'a very long") and "77 tokens" in line
+    assert line.endswith("left out: 'about a dog'")
+
+
+def test_an_error_message_of_many_lines_becomes_one():
+    assert command.one_line(OSError("no\n  file")) == "OSError: no file"

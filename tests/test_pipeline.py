@@ -1,0 +1,82 @@
+"""The nets as pure functions: scaling, posterior, and a student that starts as its teacher."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from slam_jax import pipeline
+from slam_jax.errors import UserError
+from slam_jax.nets import vae
+from slam_jax.weights import pretrained
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder):
+    return pretrained.read(tiny_folder)
+
+
+def test_latents_are_scaled_samples_of_the_posterior(model):
+    image = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3), minval=-1.0)
+    net = vae.from_config(model.vae.config)
+    posterior = net.apply({"params": model.vae.params}, image, method=net.encode)
+    # 64 latents of 64 pictures of the same thing.
+    encode = jax.jit(pipeline.encode_image(model.vae.config, jnp.float32))
+    latents = encode(model.vae.params, jnp.repeat(image, 64, axis=0), jax.random.key(1))
+    spread = 0.5 * np.exp(0.5 * posterior.logvar[0])
+    error = (np.mean(latents, axis=0) - 0.5 * posterior.mean[0]) / (spread / 8)
+    assert np.abs(error).max() < 5 and abs(np.std(error) - 1) < 0.2
+    np.testing.assert_allclose(np.std(latents, axis=0) / spread, 1, atol=0.45)
+
+
+def test_decode_undoes_the_scaling_and_stays_in_range(model):
+    latent = 0.5 * jax.random.normal(jax.random.key(0), (1, 16, 16, 4))
+    net = vae.from_config(model.vae.config)
+    raw = net.apply({"params": model.vae.params}, latent / 0.5, method=net.decode)
+    image = jax.jit(pipeline.decode(model.vae.config, jnp.float32))(model.vae.params, latent)
+    np.testing.assert_allclose(image, np.clip((np.asarray(raw) + 1) / 2, 0, 1), atol=1e-5)
+    assert image.min() == 0 and image.max() == 1
+
+
+def test_student_with_zero_cond_proj_is_the_teacher(model):
+    student = pipeline.student_of(model.unet, 8, pipeline.zero_cond_proj, np.random.default_rng(0))
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    text = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    t, gamma = jnp.array([999, 19]), jnp.array([0.3, 1.0]).reshape(2, 1, 1, 1)
+    call = jax.jit(pipeline.student(student.config, jnp.float32, remat=False))
+    ours = call(student.params, x, t, text, gamma)
+    theirs = jax.jit(pipeline.teacher(model.unet.config, jnp.float32))(
+        model.unet.params, x, t, text
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+    # With torch's default weights in that layer, gamma makes a difference.
+    student = pipeline.student_of(
+        model.unet, 8, pipeline.random_cond_proj, np.random.default_rng(0)
+    )
+    assert jnp.abs(call(student.params, x, t, text, gamma) - theirs).max() > 1e-3
+    assert "cond_proj" not in model.unet.params["time_embedding"]
+
+
+def test_random_cond_proj_is_drawn_as_torch_draws_it():
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(256, 320, bias=False).weight.detach().numpy()
+    ours = pipeline.random_cond_proj(np.random.default_rng(0), (256, 320))
+    assert ours.shape == theirs.T.shape and ours.dtype == np.float32
+    levels = np.linspace(0, 1, 11)
+    np.testing.assert_allclose(
+        np.quantile(ours, levels), np.quantile(theirs, levels), atol=0.02 / 16
+    )
+
+
+def test_student_is_no_teacher(model):
+    student = pipeline.student_of(model.unet, 8, pipeline.zero_cond_proj, np.random.default_rng(0))
+    with pytest.raises(UserError, match="student already"):
+        pipeline.student_of(student, 8, pipeline.zero_cond_proj, np.random.default_rng(0))
+
+
+def test_image_size_must_suit_the_vae(model):
+    assert pipeline.latent_shape(model, 32) == (16, 16, 4)
+    with pytest.raises(UserError, match="31 pixels.*multiple of 2"):
+        pipeline.latent_shape(model, 31)
