@@ -97,5 +97,5 @@ def gamma_embedding(gamma: Coeff, dim: int) -> Float[Array, "B dim"]:
     step = np.float32(-np.log(10000.0) / (dim // 2 - 1))
     exponent = np.arange(dim // 2, dtype=np.float32) * step
     frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    phase = (1000.0 * gamma_cond(gamma))[:, None] * frequency[None, :]
+    phase = jnp.outer(1000.0 * gamma_cond(gamma), frequency)
     return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
