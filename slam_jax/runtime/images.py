@@ -45,7 +45,7 @@ def labelled_grid(
     rows, columns = images.shape[:2]
     row_height, column_width = (pixels.height + _GAP) // rows, (pixels.width + _GAP) // columns
     font = ImageFont.load_default(_FONT_SIZE)
-    wrapped = [textwrap.fill(name, column_width * 2 // _FONT_SIZE) for name in column_names]
+    wrapped = [textwrap.fill(name, column_width * 3 // (2 * _FONT_SIZE)) for name in column_names]
     left = max(int(font.getlength(name)) for name in row_names) + 4 * _GAP
     top = (max(text.count("\n") for text in wrapped) + 1) * (_FONT_SIZE + 4) + 2 * _GAP
     canvas = Image.new("RGB", (left + pixels.width, top + pixels.height), (_BACKGROUND,) * 3)
