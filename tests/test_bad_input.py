@@ -66,10 +66,16 @@ LATE_VALUES = {
     "distance": (["--config.distill.distance=('l1',)"], "'l1'.*l2, huber"),
     "sigma": (["--config.distill.sigma=none"], "'none'.*markov, ddim, fixed"),
     "times": (["--config.distill.times=some"], "'some'.*grid, all"),
-    "length": (["--config.distill.length=50"], "length 50 must be a positive multiple of stride"),
+    "length": (
+        ["--config.distill.length=50", "--config.distill.stride=20"],
+        "length 50 must be a positive multiple of stride",
+    ),
     "learning_rate": (["--config.optimizer.learning_rate=0.0"], "learning_rate 0.0"),
     "batch_size": (["--config.batch_size=30"], "batch_size 30 .* 4 devices .*use 28 or 32"),
-    "accumulate": (["--config.accumulate=5"], "batch_size 32 .*accumulate 5; use 20 or 40"),
+    "accumulate": (
+        ["--config.accumulate=5", "--config.batch_size=32"],
+        "batch_size 32 .*accumulate 5; use 20 or 40",
+    ),
 }
 
 

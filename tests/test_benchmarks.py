@@ -40,13 +40,7 @@ for line in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="module")
-def lines():
-    programs = [
-        "benchmarks/train_step.py --batch 1 --repeat 1",
-        "benchmarks/sampler.py --batch 2 --repeat 2 --steps 3",
-        "benchmarks/sampler.py --size sd15 --dtype bfloat16 --dry_run",
-    ]
+def _lines(*programs):
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, *programs],
         cwd=ROOT, text=True, capture_output=True,
@@ -58,9 +52,7 @@ def lines():
     return [json.loads(line) for line in printed]
 
 
-@pytest.mark.parametrize(("number", "program", "batch"), [(0, "train_step", 1), (1, "sampler", 2)])
-def test_prints_what_a_call_costs(lines, number, program, batch):
-    line = lines[number]
+def _check(line, program, batch):
     assert (line["program"], line["size"], line["batch"]) == (program, "tiny", batch)
     assert line["device"] == "cpu" and line["jax"] == jax.__version__
     assert 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
@@ -71,26 +63,33 @@ def test_prints_what_a_call_costs(lines, number, program, batch):
     assert line["program_bytes"] > 4 * line["parameters"]["student"]
 
 
-def test_flops_agree_with_xla_where_it_counts_loops_right(lines):
-    """XLA adds element-wise operations and leaves out padding: both matter in networks so small."""
-    train, sample = lines[0], lines[1]
-    assert train["flops"] == pytest.approx(train["cost_analysis_flops"], rel=0.25)
-    # Three steps, of which XLA counts one; text encoding and decoding are outside the loop.
-    assert 1.5 < sample["flops"] / sample["cost_analysis_flops"] < 3.0
+def test_train_step_prints_what_a_call_costs():
+    (line,) = _lines("benchmarks/train_step.py --batch 1 --repeat 1")
+    _check(line, "train_step", 1)
+    # XLA adds element-wise operations and leaves out padding: both matter in networks so small.
+    assert line["flops"] == pytest.approx(line["cost_analysis_flops"], rel=0.25)
 
 
-def test_sd15_has_its_published_sizes_without_being_allocated(lines):
-    line = lines[2]
-    assert line["parameters"] == {
-        # Stable Diffusion 1.5's UNet and cond_proj, which takes the embedding of gamma.
+def test_sampler_prints_what_a_call_costs():
+    line, sd15 = _lines(
+        "benchmarks/sampler.py --batch 2 --repeat 2 --steps 3",
+        "benchmarks/sampler.py --size sd15 --dtype bfloat16 --dry_run",
+    )
+    _check(line, "sampler", 2)
+    # Of the three steps XLA counts one; text encoding and decoding are outside the loop.
+    assert 1.5 < line["flops"] / line["cost_analysis_flops"] < 3.0
+
+    # Stable Diffusion 1.5's published sizes, without being allocated.
+    assert sd15["parameters"] == {
+        # The UNet, and cond_proj, which takes the embedding of gamma.
         "student": 859_520_964 + 256 * 320,
         "vae": 83_653_863,
         "text_encoder": 123_060_480,
     }
-    assert "ms" not in line
+    assert "ms" not in sd15
     # As torch.utils.flop_counter counts diffusers' and transformers' classes on the meta device.
     student, decoder, text_encoder = 803_273_605_120, 2_514_518_933_504, 13_298_503_680
-    assert line["flops"] == 8 * (4 * student + decoder + text_encoder)
+    assert sd15["flops"] == 8 * (4 * student + decoder + text_encoder)
 
 
 def _flops(function, *shapes):
