@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from slam_jax.diffusion import parameterization, sampler
+from slam_jax.diffusion import guidance, parameterization, sampler
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
@@ -175,7 +175,11 @@ def ddim(
     times = sampler.ddim_times(num_steps, original_steps, schedule.alpha.size)
 
     def sample(
-        teacher_params: Params, vae_params: Params, text: Text, null_text: Text, x_T: Latent
+        teacher_params: Params,
+        vae_params: Params,
+        text: Text,
+        null_text: guidance.NullText,
+        x_T: Latent,
     ) -> Image:
         net = partial(teacher, teacher_params)
         x_0 = sampler.ddim_sample(net, schedule, prediction, times, x_T, text, null_text, w)

@@ -36,6 +36,7 @@ def tiny_folder(tmp_path_factory):
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
     # As few blocks as have everything: a transformer between two resolutions.
     unet = dict(
         sample_size=16, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4,
