@@ -5,6 +5,7 @@ import json
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -17,11 +18,12 @@ METRICS = "metrics.jsonl"
 
 
 class Log(NamedTuple):
-    """The open ends: the metrics file, the TensorBoard writer and the bar."""
+    """The open ends: the metrics file, the TensorBoard writer, the bar, times of the last steps."""
 
     lines: TextIO
     events: SummaryWriter
     bar: tqdm
+    times: deque[float]
 
 
 def bar(step: int, num_steps: int) -> tqdm:
@@ -44,7 +46,7 @@ def started(workdir: Path, step: int, progress: tqdm) -> Iterator[Log]:
         SummaryWriter(str(workdir / "events"), purge_step=step + 1) as events,
     ):
         progress.set_description_str("training")
-        yield Log(lines, events, progress)
+        yield Log(lines, events, progress, deque(maxlen=33))
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -75,18 +77,22 @@ def picture(log: Log, step: int, name: str, pixels: np.ndarray) -> None:
 
 
 def advance(log: Log, batch_size: int, loss: float) -> float:
-    """Moves the bar on by one step; returns the images per second, 0 before that is known."""
+    """Moves the bar on by one step; returns the images per second, 0 before that is known.
+
+    They follow from the median time between steps, in which pauses do not count.
+    """
+    log.times.append(time.perf_counter())
+    rate = batch_size / np.median(np.diff(log.times)) if len(log.times) > 1 else 0.0
     log.bar.update()
-    rate = (log.bar.format_dict["rate"] or 0.0) * batch_size
     log.bar.set_postfix_str(f"{rate:.1f} images/s, loss {loss:.4g}", refresh=False)
-    return rate
+    return float(rate)
 
 
 @contextlib.contextmanager
 def phase(progress: tqdm, name: str) -> Iterator[None]:
     """Shows `name` on the bar, kept ticking, while something other than training goes on.
 
-    The time it takes counts neither in the images per second nor in the time to come.
+    The time it takes does not count in the time to come.
     """
     finished = threading.Event()
 

@@ -59,3 +59,12 @@ def test_phase_keeps_ticking_and_stays_out_of_the_rate():
         bar.update()
     assert bar.format_dict["rate"] > 20
     bar.close()
+
+
+def test_images_per_second_leave_pauses_out(tmp_path):
+    with log.bar(0, 10) as bar, log.started(tmp_path, 0, bar) as running:
+        assert log.advance(running, batch_size=4, loss=0.5) == 0
+        for step in range(7):
+            time.sleep(0.3 if step == 3 else 0.02)
+            rate = log.advance(running, batch_size=4, loss=0.5)
+    assert 4 / 0.1 < rate <= 4 / 0.02
