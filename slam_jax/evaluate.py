@@ -78,7 +78,7 @@ def report(
     """
     if not settings.eval.judge:
         return f"the student is in {workdir / 'student'}"
-    # Held out: training draws its data from the seed itself.
+    # Other drawings than the training's, of the same 9,216 captions.
     size, seed = settings.data.size, settings.data.seed
     judge = make_judge(judge_params(settings), size, seed + 2)
     held_out = shapes2d.Shapes2D(size, settings.eval.num_images, seed + 1)
@@ -163,7 +163,7 @@ def _in_batches(sample: Callable, text, noise, batch_size: int) -> jax.Array:
 
 def _table(rows: list[Row], num_prompts: int) -> str:
     lines = [
-        f"{num_prompts} held-out prompts, the same noise in every row",
+        f"{num_prompts} prompts, the same noise in every row",
         f"{'':18} {'UNet calls':>10} {'Frechet':>9} {'prompt accuracy':>16}",
     ]
     for row in rows:
