@@ -164,7 +164,7 @@ def _draw_all(
             drawn.append(
                 np.asarray(draw(unet_params, vae_params, text, null_text, noise[:, chosen]))
             )
-            progress.update(min(size, len(prompts) - start))
+            progress.bar.update(min(size, len(prompts) - start))
     return np.concatenate(drawn)[: len(prompts)]
 
 

@@ -257,7 +257,7 @@ def _record(journal: log.Log, settings: Settings, number: int, metrics: dict) ->
                 f"step {number}: {name} is {values[name]}; the last good checkpoint is kept: "
                 "lower optimizer.learning_rate, or look at the data, and run again"
             )
-    rate = log.advance(journal, settings.batch_size, values["loss"])
+    rate = log.advance(journal.progress, settings.batch_size, values["loss"])
     if number % settings.log.every_steps == 0:
         log.write(journal, number, {**values, "images_per_second": rate})
 

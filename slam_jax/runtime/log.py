@@ -17,27 +17,36 @@ from tqdm import tqdm
 METRICS = "metrics.jsonl"
 
 
+class Progress(NamedTuple):
+    """The bar, and how long its last steps took."""
+
+    bar: tqdm
+    seconds: deque[float]
+    mark: list[float]  # when the last step ended, unless something else was done since
+
+
 class Log(NamedTuple):
-    """The open ends: the metrics file, the TensorBoard writer, the bar, times of the last steps."""
+    """The open ends: the metrics file, the TensorBoard writer and the progress."""
 
     lines: TextIO
     events: SummaryWriter
-    bar: tqdm
-    times: deque[float]
+    progress: Progress
 
 
-def bar(step: int, num_steps: int) -> tqdm:
+@contextlib.contextmanager
+def bar(step: int, num_steps: int) -> Iterator[Progress]:
     """A progress bar over the steps; drawn twice a second on a terminal, seldom in a file."""
-    return tqdm(
+    with tqdm(
         total=num_steps, initial=step, dynamic_ncols=True, desc="starting",
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}{postfix}]",
-    )  # fmt: skip
+    ) as progress:  # fmt: skip
+        yield Progress(progress, deque(maxlen=32), [])
 
 
 @contextlib.contextmanager
-def started(workdir: Path, step: int, progress: tqdm) -> Iterator[Log]:
+def started(workdir: Path, step: int, progress: Progress) -> Iterator[Log]:
     """The log of a run that stands at `step`; later lines, and a half-written one, are cut off."""
     path = workdir / METRICS
     _truncate(path, step)
@@ -45,8 +54,8 @@ def started(workdir: Path, step: int, progress: tqdm) -> Iterator[Log]:
         open(path, "a") as lines,
         SummaryWriter(str(workdir / "events"), purge_step=step + 1) as events,
     ):
-        progress.set_description_str("training")
-        yield Log(lines, events, progress, deque(maxlen=33))
+        progress.bar.set_description_str("training")
+        yield Log(lines, events, progress)
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -76,32 +85,33 @@ def picture(log: Log, step: int, name: str, pixels: np.ndarray) -> None:
     log.events.add_image(name, pixels, step, dataformats="HWC")
 
 
-def advance(log: Log, batch_size: int, loss: float) -> float:
-    """Moves the bar on by one step; returns the images per second, 0 before that is known.
-
-    They follow from the median time between steps, in which pauses do not count.
-    """
-    log.times.append(time.perf_counter())
-    rate = batch_size / np.median(np.diff(log.times)) if len(log.times) > 1 else 0.0
-    log.bar.update()
-    log.bar.set_postfix_str(f"{rate:.1f} images/s, loss {loss:.4g}", refresh=False)
-    return float(rate)
+def advance(progress: Progress, batch_size: int, loss: float) -> float:
+    """Moves the bar on by one step; returns the images per second, 0 before that is known."""
+    now = time.perf_counter()
+    if progress.mark:
+        progress.seconds.append(now - progress.mark[0])
+    progress.mark[:] = [now]
+    rate = batch_size * len(progress.seconds) / (sum(progress.seconds) or 1.0)
+    progress.bar.update()
+    progress.bar.set_postfix_str(f"{rate:.1f} images/s, loss {loss:.4g}", refresh=False)
+    return rate
 
 
 @contextlib.contextmanager
-def phase(progress: tqdm, name: str) -> Iterator[None]:
+def phase(progress: Progress, name: str) -> Iterator[None]:
     """Shows `name` on the bar, kept ticking, while something other than training goes on.
 
-    The time it takes does not count in the time to come.
+    The time it takes counts neither in the images per second nor in the time to come.
     """
     finished = threading.Event()
+    shown = progress.bar
 
     def tick() -> None:
-        while not finished.wait(progress.mininterval):
-            progress.refresh()
+        while not finished.wait(shown.mininterval):
+            shown.refresh()
 
-    before = progress.desc
-    progress.set_description_str(name)
+    before = shown.desc
+    shown.set_description_str(name)
     ticker = threading.Thread(target=tick, daemon=True)
     ticker.start()
     try:
@@ -110,5 +120,6 @@ def phase(progress: tqdm, name: str) -> Iterator[None]:
         finished.set()
         ticker.join()
         # tqdm measures its rate from here.
-        progress.last_print_t = time.time()
-        progress.set_description_str(before)
+        shown.last_print_t = time.time()
+        progress.mark.clear()
+        shown.set_description_str(before)

@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from collections import deque
 
 import tqdm
 
@@ -17,7 +18,7 @@ def _run(workdir, start, stop):
     with log.bar(start, 10) as bar, log.started(workdir, start, bar) as running:
         for step in range(start + 1, stop + 1):
             log.write(running, step, {"loss": 0.5 * step})
-            log.advance(running, batch_size=4, loss=0.5)
+            log.advance(running.progress, batch_size=4, loss=0.5)
 
 
 def test_resume_drops_the_lines_after_its_step(tmp_path):
@@ -47,24 +48,29 @@ def test_lines_hold_the_values_and_events_are_written(tmp_path):
     assert b"loss" in events.read_bytes()
 
 
-def test_phase_keeps_ticking_and_stays_out_of_the_rate():
+def _progress(screen):
+    return log.Progress(tqdm.tqdm(total=100, file=screen, mininterval=0.3), deque(maxlen=32), [])
+
+
+def test_phase_keeps_ticking():
     screen = io.StringIO()
-    bar = tqdm.tqdm(total=100, file=screen, mininterval=0.3)
-    with log.phase(bar, "compiling the step"):
+    progress = _progress(screen)
+    with log.phase(progress, "compiling the step"):
         time.sleep(1.5)
     assert screen.getvalue().count("compiling the step") >= 3
-    bar.mininterval = 0.0
-    for _ in range(10):
-        time.sleep(0.01)
-        bar.update()
-    assert bar.format_dict["rate"] > 20
-    bar.close()
+    progress.bar.close()
 
 
-def test_images_per_second_leave_pauses_out(tmp_path):
-    with log.bar(0, 10) as bar, log.started(tmp_path, 0, bar) as running:
-        assert log.advance(running, batch_size=4, loss=0.5) == 0
-        for step in range(7):
-            time.sleep(0.3 if step == 3 else 0.02)
-            rate = log.advance(running, batch_size=4, loss=0.5)
+def test_images_per_second_and_the_time_to_come_leave_phases_out():
+    progress = _progress(io.StringIO())
+    progress.bar.mininterval = 0.0
+    assert log.advance(progress, batch_size=4, loss=0.5) == 0
+    for step in range(12):
+        if step == 6:
+            with log.phase(progress, "drawing samples"):
+                time.sleep(0.7)
+        time.sleep(0.02)
+        rate = log.advance(progress, batch_size=4, loss=0.5)
     assert 4 / 0.1 < rate <= 4 / 0.02
+    assert progress.bar.format_dict["rate"] > 10
+    progress.bar.close()
