@@ -51,9 +51,10 @@ class Optimizer(NamedTuple):
 class Data(NamedTuple):
     """Captioned images."""
 
-    source: str  # shapes2d
+    source: str  # shapes2d, or folder: pictures with captions in .txt files or metadata.jsonl
+    path: str  # of the folder; "" for shapes2d
     size: int  # pixels
-    num_images: int
+    num_images: int  # of shapes2d; of a folder at most so many
     seed: int
     num_threads: int  # that make batches ahead of time; 0 makes each when it is needed
     num_prefetch: int  # batches held ready

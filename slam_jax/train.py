@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from slam_jax import command, evaluate, pipeline
-from slam_jax.data import batches, shapes2d, tokenizer
+from slam_jax.data import batches, shapes2d, sources, tokenizer
 from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, optimizer, state, step
 from slam_jax.errors import UserError
@@ -39,7 +39,10 @@ TIMES = {
     "all": lambda num_subpaths, num_timesteps: solver.all_times(num_timesteps),
 }
 COND_PROJ = {"random": pipeline.random_cond_proj, "zero": pipeline.zero_cond_proj}
-SOURCES = {"shapes2d": shapes2d.Shapes2D}
+SOURCES = {
+    "shapes2d": lambda data: shapes2d.Shapes2D(data.size, data.num_images, data.seed),
+    "folder": lambda data: sources.ImageFolder(Path(data.path), data.size, data.num_images),
+}
 
 
 def train(settings: Settings, workdir: Path) -> None:
@@ -165,7 +168,7 @@ def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
 
 def _dataset(settings: Settings, tokens: tokenizer.Tokenizer):
     data = settings.data
-    source = _choose(SOURCES, "data.source", data.source)(data.size, data.num_images, data.seed)
+    source = _choose(SOURCES, "data.source", data.source)(data)
     return batches.batches(
         source, batch_size=settings.batch_size, seed=settings.seed,
         transform=partial(batches.decode, tokens),

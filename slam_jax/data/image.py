@@ -1,0 +1,34 @@
+"""Image files -> square uint8 arrays."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from slam_jax.errors import UserError
+
+
+def read(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """The middle square of the picture, `size` pixels wide, as a person sees it.
+
+    Orientation tags are followed, transparency is laid on white, the short side is resized by
+    antialiased bicubic. UserError, naming the file, if it is no whole picture.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = _on_white(ImageOps.exif_transpose(file))
+            return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture that can be read; remove it") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {path} ({error}); copy it again or remove it") from None
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """RGB, whatever the mode."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
