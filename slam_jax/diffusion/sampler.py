@@ -15,19 +15,24 @@ from slam_jax.shapes import Coeff, Latent, Text, Timestep
 
 
 def few_step_times(
-    num_steps: int, original_steps: int = 50, num_timesteps: int = 1000
+    num_steps: int, original_steps: int = 50, num_timesteps: int = 1000, strength: float = 1.0
 ) -> Int[Array, "S"]:
     """Times that the student visits, as in diffusers >= 0.24: 4 -> 999, 759, 499, 259.
 
-    Taken from the grid it was trained on, `original_steps` times ending at the last.
+    Taken from the grid it was trained on, `original_steps` times ending at the last. strength in
+    (0, 1]: the share of that grid, from its clean end, in which they lie: 1 starts at pure noise.
     """
-    if not 1 <= num_steps <= original_steps <= num_timesteps:
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength} is a share of the noise; choose in (0, 1]")
+    usable = int(original_steps * strength)
+    if not 1 <= num_steps <= usable <= num_timesteps:
         raise UserError(
-            f"{num_steps} sampling steps: choose from 1 to {min(original_steps, num_timesteps)}"
+            f"{num_steps} sampling steps at strength {strength}: there are "
+            f"{min(usable, num_timesteps)} times to choose from"
         )
-    skipped = np.floor(np.linspace(0, original_steps, num_steps, endpoint=False))
+    skipped = np.floor(np.linspace(0, usable, num_steps, endpoint=False))
     spacing = num_timesteps // original_steps
-    return jnp.asarray(spacing * (original_steps - skipped) - 1, jnp.int32)
+    return jnp.asarray(spacing * (usable - skipped) - 1, jnp.int32)
 
 
 def ddim_times(
@@ -51,11 +56,13 @@ def consistency_sample(
     times: Int[Array, "S"],
     noise: Float[Array, "S B h w C"],
     text: Text,
+    start: Latent | None = None,
 ) -> Latent:
     """Multistep consistency sampling with gamma = 1 (METHOD.md §4) -> x_0; no guidance.
 
     net(x, t, text, gamma) is the raw network. noise[0] is where sampling starts, noise[i] the
-    fresh noise with which step i begins.
+    fresh noise with which step i begins. start: a latent to begin from, noised to times[0],
+    instead of from noise alone (image to image).
     """
     batch = text.shape[0]
     gamma = jnp.ones((batch, 1, 1, 1))
@@ -67,8 +74,11 @@ def consistency_sample(
         x_0hat = prediction.to_x0(x, net(x, t, text, gamma), *schedule(t))
         return parameterization.consistency(x, x_0hat, t), None
 
-    start = jnp.zeros_like(noise[0])
-    x_0, _ = jax.lax.scan(step, start, (times, *_levels(schedule, times), noise))
+    if start is None:
+        start, levels = jnp.zeros_like(noise[0]), _levels(schedule, times)
+    else:
+        levels = schedule.alpha[times], schedule.sigma[times]
+    x_0, _ = jax.lax.scan(step, start, (times, *levels, noise))
     return x_0
 
 

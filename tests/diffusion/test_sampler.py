@@ -59,6 +59,23 @@ def test_times_are_those_of_diffusers(original_steps):
         np.testing.assert_array_equal(times, scheduler.timesteps.numpy())
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.8, 0.58, 0.3, 0.02])
+def test_times_at_a_strength_are_those_of_diffusers(strength):
+    scheduler = diffusers.LCMScheduler(original_inference_steps=50)
+    for num_steps in range(1, int(50 * strength) + 1):
+        scheduler.set_timesteps(num_steps, strength=strength)
+        times = sampler.few_step_times(num_steps, strength=strength)
+        np.testing.assert_array_equal(times, scheduler.timesteps.numpy())
+
+
+def test_strengths_that_leave_too_few_times_are_refused():
+    with pytest.raises(errors.UserError, match="4 sampling steps at strength 0.06: .* 3 times"):
+        sampler.few_step_times(4, strength=0.06)
+    for strength in (0.0, 1.1):
+        with pytest.raises(errors.UserError, match="share of the noise"):
+            sampler.few_step_times(4, strength=strength)
+
+
 def test_times_in_figures():
     assert sampler.few_step_times(1).tolist() == [999]
     assert sampler.few_step_times(2).tolist() == [999, 499]
@@ -66,27 +83,34 @@ def test_times_in_figures():
     assert sampler.ddim_times(4).tolist() == [999, 759, 499, 259]
     assert sampler.ddim_times(50).tolist() == list(range(999, 0, -20))
     for num_steps in (0, 51):
-        with pytest.raises(errors.UserError, match=f"{num_steps} sampling steps.* 1 to 50"):
+        with pytest.raises(errors.UserError, match=f"{num_steps} sampling steps.* 50 times"):
             sampler.few_step_times(num_steps)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
-def test_student_sampling_is_that_of_lcm_scheduler(prediction_type, num_steps, monkeypatch):
+@pytest.mark.parametrize(("num_steps", "strength"), [(1, None), (2, None), (4, None), (3, 0.5)])
+def test_student_sampling_is_that_of_lcm_scheduler(
+    prediction_type, num_steps, strength, monkeypatch
+):
     config, levels, prediction = set_up(prediction_type)
     fresh = iter(NOISE[1:])
     monkeypatch.setattr(
         scheduling_lcm, "randn_tensor", lambda *args, **kwargs: torch.tensor(next(fresh))
     )
     scheduler = diffusers.LCMScheduler(**config, clip_sample=False)
-    scheduler.set_timesteps(num_steps)
-    x = torch.tensor(NOISE[0])
+    scheduler.set_timesteps(num_steps, strength=strength or 1.0)
+    x, start = torch.tensor(NOISE[0]), None
+    if strength is not None:
+        start = RANDOM.normal(size=SHAPE).astype(np.float32)
+        x = scheduler.add_noise(torch.tensor(start), x, scheduler.timesteps[:1])
     for t in scheduler.timesteps:
         output = network(torch, x, float(t), torch.tensor(TEXT))
         x, denoised = scheduler.step(output, t, x, return_dict=False)
     ours = sampler.consistency_sample(
-        student, levels, prediction, sampler.few_step_times(num_steps),
+        student, levels, prediction,
+        sampler.few_step_times(num_steps, strength=strength or 1.0),
         jnp.asarray(NOISE[:num_steps]), jnp.asarray(TEXT),
+        None if start is None else jnp.asarray(start),
     )  # fmt: skip
     assert relative_error(ours, denoised.numpy()) < 1e-5
     assert len(list(fresh)) == 8 - num_steps
