@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.num_steps = 250
+    config.num_steps = 600
     config.batch_size = 32
     config.accumulate = 1
     config.ema_rate = 0.95
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             times="grid",
             length=200,
             stride=100,
-            w=1.0,  # 0 = conditional only; diffusers' guidance_scale is w + 1
+            w=8.0,  # 0 = conditional only; diffusers' guidance_scale is w + 1
             sigma="fixed",
             gamma=("annealed", 0.0, 1.0, 0.5),
             distance=("huber", 1e-3),
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         dict(
-            learning_rate=5e-4,
+            learning_rate=2e-4,
             warmup_steps=20,
             clip_norm=1.0,
             weight_decay=0.0,
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     )
     config.eval = ConfigDict(
         dict(
-            every_steps=125,
+            every_steps=200,
             prompts=(
                 "a red circle above a blue square",
                 "a green triangle left of a yellow cross",
@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
             batch_size=128,
         )
     )
-    config.checkpoint = ConfigDict(dict(every_steps=100, keep=2))
+    config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))
     config.log = ConfigDict(dict(every_steps=10))
     # Examples are spread over all devices; every device holds a copy of the whole state.
     config.mesh = ConfigDict(dict(axes=(("data", -1),), rules=((".*", ()),)))
