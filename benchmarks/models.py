@@ -156,8 +156,8 @@ def student(models: Models) -> Callable:
 
 
 def encode_text(models: Models) -> Callable:
-    """(params, input_ids) -> text."""
-    return lambda params, input_ids: models.text_encoder.apply({"params": params}, input_ids)
+    """(params, batch) -> text."""
+    return lambda params, batch: models.text_encoder.apply({"params": params}, batch["input_ids"])
 
 
 def decode(models: Models) -> Callable:

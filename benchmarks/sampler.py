@@ -15,11 +15,11 @@ from benchmarks import models, timing
 from slam_jax.diffusion import sampler
 
 
-def call(nets: models.Models, size: models.Size, num_steps: int, key, parameters, input_ids):
+def call(nets: models.Models, size: models.Size, num_steps: int, key, parameters, prompts):
     """(next key, images [B, H, W, 3]); the noise of every step is drawn here."""
     next_key, noise_key = jax.random.split(key)
-    shape = (num_steps, input_ids.shape[0], *models.latent_shape(size))
-    text = models.encode_text(nets)(parameters["text_encoder"], input_ids)
+    shape = (num_steps, prompts["input_ids"].shape[0], *models.latent_shape(size))
+    text = models.encode_text(nets)(parameters["text_encoder"], prompts)
     x_0 = sampler.consistency_sample(
         partial(models.student(nets), parameters["student"]), *models.diffusion(),
         sampler.few_step_times(num_steps), jax.random.normal(noise_key, shape), text,
@@ -30,7 +30,7 @@ def call(nets: models.Models, size: models.Size, num_steps: int, key, parameters
 def arguments(batch: int, parameters: dict) -> tuple:
     """(key, parameters, random token ids)."""
     input_ids = np.random.default_rng(1).integers(0, 700, (batch, 77), np.int32)
-    return jax.random.key(0), parameters, input_ids
+    return jax.random.key(0), parameters, {"input_ids": input_ids}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slam_jax import pipeline
-from slam_jax.data import shapes2d, tokenizer
+from slam_jax.data import shapes2d, text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.metrics import fid, prompt_accuracy
 from slam_jax.nets import classifier
@@ -138,13 +138,18 @@ def _student_rows(few_step, params, vae_params, steps, null_text, text, noise):
 
 def _inputs(teacher, captions: list[str], settings: Settings) -> tuple[Any, Any, Any]:
     """Text of the captions and of the empty prompt, and noise [steps, N, h, w, C] for all rows."""
-    tokens = tokenizer.Tokenizer.from_folder(teacher.tokenizer)
-    encode = jax.jit(
-        pipeline.encode_text(teacher.text_encoder.config, pipeline.dtype(settings.teacher.dtype))
+    tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
+    image_size = (settings.data.size, settings.data.size)
+    params, captions_encoded, empty = jax.device_put(
+        (
+            pipeline.text_params(teacher),
+            tokens.encode(captions, image_size),
+            tokens.encode([""], image_size),
+        )
     )
-    params = jax.device_put(teacher.text_encoder.params)
-    text = encode(params, jax.device_put(tokens.encode(captions)))
-    null_text = encode(params, jax.device_put(tokens.encode([""])))
+    dtype = pipeline.dtype(settings.teacher.dtype)
+    text = jax.jit(pipeline.encode_text(teacher, dtype))(params, captions_encoded)
+    null_text = jax.jit(pipeline.encode_null_text(teacher, dtype))(params, empty)
     shape = pipeline.latent_shape(teacher, settings.data.size)
     key = jax.random.key(settings.seed + 1)
     noise = jax.random.normal(key, (max(STUDENT_STEPS), len(captions), *shape))
@@ -153,12 +158,12 @@ def _inputs(teacher, captions: list[str], settings: Settings) -> tuple[Any, Any,
 
 def _in_batches(sample: Callable, text, noise, batch_size: int) -> jax.Array:
     """The samples of all prompts, made batch_size at a time."""
-    count = text.shape[0]
-    drawn = [
-        sample(text[i : i + batch_size], noise[:, i : i + batch_size])
-        for i in range(0, count, batch_size)
-    ]
-    return jnp.concatenate(drawn)
+
+    def draw(start: int) -> jax.Array:
+        chosen = slice(start, start + batch_size)
+        return sample(jax.tree.map(lambda rows: rows[chosen], text), noise[:, chosen])
+
+    return jnp.concatenate([draw(start) for start in range(0, noise.shape[1], batch_size)])
 
 
 def _table(rows: list[Row], num_prompts: int) -> str:

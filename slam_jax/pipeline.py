@@ -17,10 +17,12 @@ from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import clip, unet, vae
-from slam_jax.shapes import Coeff, Image, Latent, PRNGKey, Text, Timestep, TokenIds
+from slam_jax.shapes import Coeff, Conditioning, Image, Latent, PRNGKey, SDXLText, Timestep
 from slam_jax.weights import pretrained
 
 Params = Any
+# What prompts are to the text encoders: [B, ...] arrays by name (data/text_inputs.py).
+Prompts = Mapping[str, Any]
 
 # What diffusers takes for a vae/config.json without the key, as Stable Diffusion 1.x has it.
 _SCALING_FACTOR = 0.18215
@@ -62,23 +64,73 @@ def _scaling_factor(config: Mapping) -> float:
     return {"scaling_factor": _SCALING_FACTOR, **config}["scaling_factor"]
 
 
-def encode_text(config: Mapping, dtype: DTypeLike) -> Callable[[Params, TokenIds], Text]:
-    """(params, input_ids) -> the last hidden state after the final norm."""
+def text_params(model: pretrained.Pretrained) -> Params:
+    """What encode_text takes: the text encoder's parameters, SDXL's as a pair."""
+    if model.text_encoder_2 is None:
+        return model.text_encoder.params
+    return model.text_encoder.params, model.text_encoder_2.params
+
+
+def encode_text(
+    model: pretrained.Pretrained, dtype: DTypeLike
+) -> Callable[[Params, Prompts], Conditioning]:
+    """(text_params, prompts) -> what the model's UNet is told."""
+    if model.text_encoder_2 is None:
+        return _encode_text(model.text_encoder.config, dtype)
+    return _encode_sdxl_text(model.text_encoder.config, model.text_encoder_2.config, dtype)
+
+
+def _encode_text(config: Mapping, dtype: DTypeLike) -> Callable[[Params, Prompts], Conditioning]:
+    """The last hidden state after the final norm."""
     net = clip.from_config(config, dtype=dtype)
 
-    def encode(params: Params, input_ids: TokenIds) -> Text:
-        return net.apply({"params": params}, input_ids)
+    def encode(params: Params, prompts: Prompts) -> Conditioning:
+        return net.apply({"params": params}, prompts["input_ids"])
 
     return encode
 
 
+def _encode_sdxl_text(
+    config: Mapping, config_2: Mapping, dtype: DTypeLike
+) -> Callable[[Params, Prompts], SDXLText]:
+    """The penultimate states side by side, the second encoder's pooled one, and the sizes."""
+    net, net_2 = clip.from_config(config, dtype=dtype), clip.from_config(config_2, dtype=dtype)
+
+    def encode(params: Params, prompts: Prompts) -> SDXLText:
+        first, second = params
+        states = net.apply({"params": first}, prompts["input_ids"], method="states")
+        states_2 = net_2.apply({"params": second}, prompts["input_ids_2"], method="states")
+        hidden_states = jnp.concatenate([states.penultimate, states_2.penultimate], axis=-1)
+        return SDXLText(hidden_states, states_2.pooled, prompts["time_ids"])
+
+    return encode
+
+
+def encode_null_text(
+    model: pretrained.Pretrained, dtype: DTypeLike
+) -> Callable[[Params, Prompts], guidance.NullText]:
+    """(text_params, the empty prompt) -> what guidance leads away from.
+
+    The text of the empty prompt; but zeros for an SDXL with force_zeros_for_empty_prompt, as
+    the base model has it.
+    """
+    encode = encode_text(model, dtype)
+    if model.text_encoder_2 is None or not model.force_zeros_for_empty_prompt:
+        return encode
+
+    def encode_zeros(params: Params, prompts: Prompts) -> SDXLText:
+        return jax.tree.map(jnp.zeros_like, encode(params, prompts))
+
+    return encode_zeros
+
+
 def teacher(
     config: Mapping, dtype: DTypeLike
-) -> Callable[[Params, Latent, Timestep, Text], Latent]:
+) -> Callable[[Params, Latent, Timestep, Conditioning], Latent]:
     """(params, x, t, text) -> raw output."""
     net = unet.from_config(config, dtype=dtype)
 
-    def call(params: Params, x: Latent, t: Timestep, text: Text) -> Latent:
+    def call(params: Params, x: Latent, t: Timestep, text: Conditioning) -> Latent:
         return net.apply({"params": params}, x, t, text)
 
     return call
@@ -86,12 +138,12 @@ def teacher(
 
 def student(
     config: Mapping, dtype: DTypeLike, remat: bool
-) -> Callable[[Params, Latent, Timestep, Text, Coeff], Latent]:
+) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
     """(params, x, t, text, gamma) -> raw output; config has a time_cond_proj_dim."""
     net = unet.from_config(config, dtype=dtype, remat=remat)
     assert net.time_cond_proj_dim is not None
 
-    def call(params: Params, x: Latent, t: Timestep, text: Text, gamma: Coeff) -> Latent:
+    def call(params: Params, x: Latent, t: Timestep, text: Conditioning, gamma: Coeff) -> Latent:
         embedding = parameterization.gamma_embedding(gamma, net.time_cond_proj_dim)
         return net.apply({"params": params}, x, t, text, embedding)
 
@@ -142,11 +194,16 @@ def student_of(
 
 def latent_shape(model: pretrained.Pretrained, image_size: int) -> tuple[int, int, int]:
     """[h, w, C] of the latents of square images."""
-    factor = 2 ** (len(vae.from_config(model.vae.config).block_out_channels) - 1)
+    factor = pixels_per_latent(model)
     if image_size % factor:
         raise UserError(f"images of {image_size} pixels: the VAE needs a multiple of {factor}")
     channels = unet.from_config(model.unet.config).in_channels
     return image_size // factor, image_size // factor, channels
+
+
+def pixels_per_latent(model: pretrained.Pretrained) -> int:
+    """How many times wider and higher an image is than its latent."""
+    return 2 ** (len(vae.from_config(model.vae.config).block_out_channels) - 1)
 
 
 def few_step(
@@ -156,7 +213,7 @@ def few_step(
     """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1]."""
     times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size)
 
-    def sample(student_params: Params, vae_params: Params, text: Text, noise) -> Image:
+    def sample(student_params: Params, vae_params: Params, text: Conditioning, noise) -> Image:
         net = partial(student, student_params)
         x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text)
         return decode(vae_params, x_0)
@@ -177,7 +234,7 @@ def ddim(
     def sample(
         teacher_params: Params,
         vae_params: Params,
-        text: Text,
+        text: Conditioning,
         null_text: guidance.NullText,
         x_T: Latent,
     ) -> Image:

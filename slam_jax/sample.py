@@ -13,7 +13,7 @@ from absl import flags
 from jaxtyping import Float
 
 from slam_jax import command, pipeline
-from slam_jax.data import tokenizer
+from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import unet
@@ -146,21 +146,24 @@ def _draw_all(
     draw: Callable, model: pretrained.Pretrained, prompts: list[str], noise: _Noise
 ) -> Float[np.ndarray, "B H W 3"]:
     """Batch by batch, the last one filled up, so that all have one shape and compile once."""
-    tokens = tokenizer.Tokenizer.from_folder(model.tokenizer)
-    ids, cut = tokens.encode_with_cut(prompts)
-    command.warn_of_cut(prompts, cut, tokens.length)
-    encode_text = jax.jit(pipeline.encode_text(model.text_encoder.config, np.float32))
+    tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
+    command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
+    factor = pipeline.pixels_per_latent(model)
+    image_size = (factor * noise.shape[2], factor * noise.shape[3])
+    encoded = tokens.encode(prompts, image_size)
     unet_params, vae_params, text_params = jax.device_put(
-        (model.unet.params, model.vae.params, model.text_encoder.params)
+        (model.unet.params, model.vae.params, pipeline.text_params(model))
     )
-    null_text = encode_text(text_params, tokens.encode([""]))
+    encode_text = jax.jit(pipeline.encode_text(model, np.float32))
+    encode_null_text = jax.jit(pipeline.encode_null_text(model, np.float32))
+    null_text = encode_null_text(text_params, tokens.encode([""], image_size))
     draw = jax.jit(draw)
     size = min(_BATCH_SIZE, len(prompts))
     drawn = []
     with log.bar(0, len(prompts)) as progress, log.phase(progress, "drawing"):
         for start in range(0, len(prompts), size):
             chosen = np.arange(start, start + size) % len(prompts)
-            text = encode_text(text_params, ids[chosen])
+            text = encode_text(text_params, {name: rows[chosen] for name, rows in encoded.items()})
             drawn.append(
                 np.asarray(draw(unet_params, vae_params, text, null_text, noise[:, chosen]))
             )

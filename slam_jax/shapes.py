@@ -1,8 +1,11 @@
 """Array vocabulary: the shapes that cross module borders.
 
-B batch, H W image, h w latent, C channels, L tokens, D text width, T training times.
+B batch, H W image, h w latent, C channels, L tokens, D text width, P pooled text's width,
+T training times.
 Checked by an import hook in the tests only; production pays nothing.
 """
+
+from typing import NamedTuple
 
 from jaxtyping import Array, Float, Int, Key
 
@@ -14,3 +17,18 @@ TokenIds = Int[Array, "B L"]
 Text = Float[Array, "B L D"]
 PerExample = Float[Array, "B"]
 PRNGKey = Key[Array, ""]
+
+
+class SDXLText(NamedTuple):
+    """What an SDXL UNet is told: the text of both encoders, and sizes in pixels.
+
+    time_ids: original height and width, the crop's top and left, target height and width.
+    """
+
+    hidden_states: Text
+    pooled: Float[Array, "B P"]
+    time_ids: Int[Array, "B 6"]
+
+
+# Of every UNet: the text alone in SD 1.x and 2.x.
+Conditioning = Text | SDXLText

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from slam_jax import command, evaluate, pipeline
-from slam_jax.data import batches, shapes2d, sources, tokenizer
+from slam_jax.data import batches, shapes2d, sources, text_inputs
 from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, optimizer, state, step
 from slam_jax.errors import UserError
@@ -57,7 +57,7 @@ def train(settings: Settings, workdir: Path) -> None:
     cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
     rng = np.random.default_rng(settings.seed)
     student = pipeline.student_of(teacher.unet, settings.student.gamma_dim, cond_proj, rng)
-    tokens = tokenizer.Tokenizer.from_folder(teacher.tokenizer)
+    tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
     dataset = _dataset(settings, tokens)
     nets = _nets(settings, teacher, student)
     adamw = optimizer.adamw(**settings.optimizer._asdict())
@@ -71,7 +71,7 @@ def train(settings: Settings, workdir: Path) -> None:
             everywhere = mesh.replicated(devices)
             key = jax.device_put(jax.random.key(settings.seed), everywhere)
             train_key, samples_key = jax.random.split(key)
-            frozen = _frozen(teacher, tokens, nets, everywhere)
+            frozen = _frozen(settings, teacher, tokens, everywhere)
             draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
 
             first = partial(state.init, optimizer=adamw)
@@ -166,7 +166,7 @@ def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
     return make(*map(float, numbers))
 
 
-def _dataset(settings: Settings, tokens: tokenizer.Tokenizer):
+def _dataset(settings: Settings, tokens: text_inputs.Tokenizers):
     data = settings.data
     source = _choose(SOURCES, "data.source", data.source)(data)
     return batches.batches(
@@ -186,7 +186,7 @@ def _nets(
         ),
         teacher=pipeline.teacher(teacher.unet.config, frozen_dtype),
         encode_image=pipeline.encode_image(teacher.vae.config, frozen_dtype),
-        encode_text=pipeline.encode_text(teacher.text_encoder.config, frozen_dtype),
+        encode_text=pipeline.encode_text(teacher, frozen_dtype),
     )
 
 
@@ -208,25 +208,34 @@ def _method(distill: Distill, scheduler: dict) -> loss.Method:
     )
 
 
-def _frozen(teacher: pretrained.Pretrained, tokens, nets: step.Nets, everywhere) -> state.Frozen:
+def _frozen(
+    settings: Settings, teacher: pretrained.Pretrained, tokens: text_inputs.Tokenizers, everywhere
+) -> state.Frozen:
     unet, vae, text_encoder, empty = jax.device_put(
         (
             teacher.unet.params,
             teacher.vae.params,
-            teacher.text_encoder.params,
-            tokens.encode([""]),
+            pipeline.text_params(teacher),
+            tokens.encode([""], _image_size(settings)),
         ),
         everywhere,
     )
-    return state.Frozen(unet, vae, text_encoder, jax.jit(nets.encode_text)(text_encoder, empty))
+    encode = pipeline.encode_null_text(teacher, pipeline.dtype(settings.teacher.dtype))
+    # SDXL's zeros depend on no argument, so that nothing else would tell where they lie.
+    null_text = jax.jit(encode, out_shardings=everywhere)(text_encoder, empty)
+    return state.Frozen(unet, vae, text_encoder, null_text)
+
+
+def _image_size(settings: Settings) -> tuple[int, int]:
+    return settings.data.size, settings.data.size
 
 
 def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_key):
     """target parameters -> images [prompts, 2, H, W, 3], the teacher's and the student's."""
     prompts, num_steps = list(settings.eval.prompts), settings.eval.student_steps
-    ids, cut = tokens.encode_with_cut(prompts)
-    command.warn_of_cut(prompts, cut, tokens.length)
-    text = jax.jit(nets.encode_text)(frozen.text_encoder, ids)
+    command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
+    encoded = tokens.encode(prompts, _image_size(settings))
+    text = jax.jit(nets.encode_text)(frozen.text_encoder, encoded)
     shape = pipeline.latent_shape(teacher, settings.data.size)
     noise = jax.random.normal(samples_key, (num_steps, len(prompts), *shape))
     x_T = noise[0]

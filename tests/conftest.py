@@ -22,56 +22,98 @@ jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """A Stable Diffusion folder with random weights, 32x32 pixels, latents 16x16x4, no torch."""
+# As few blocks as have everything: a transformer between two resolutions.
+TINY_UNET = dict(
+    sample_size=16, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4,
+    down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
+    cross_attention_dim=16, attention_head_dim=2,
+)  # fmt: skip
+TINY_VAE = dict(
+    block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, scaling_factor=0.5,
+    down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+)  # fmt: skip
+TINY_TEXT_ENCODER = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, max_position_embeddings=77, layer_norm_eps=1e-5,
+    hidden_act="quick_gelu",
+)  # fmt: skip
+TINY_SCHEDULER = dict(
+    _class_name="DDIMScheduler", beta_start=8.5e-4, beta_end=1.2e-2, num_train_timesteps=1000,
+    beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+)  # fmt: skip
+
+
+def tiny_tokenizer(folder, **config) -> int:
+    """Writes a tokenizer that knows letters alone into the folder; how many tokens it has."""
     from tokenizers import pre_tokenizers
 
-    from slam_jax.weights import pretrained, templates
-
-    folder = tmp_path_factory.mktemp("tiny_folder")
-    tokenizer = folder / "made_from"
-    tokenizer.mkdir()
+    folder.mkdir()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77}))
-    # As few blocks as have everything: a transformer between two resolutions.
-    unet = dict(
-        sample_size=16, block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4,
-        down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
-        cross_attention_dim=16, attention_head_dim=2,
-    )  # fmt: skip
-    vae = dict(
-        block_out_channels=[8, 8], layers_per_block=1, norm_num_groups=4, scaling_factor=0.5,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
-    text_encoder = dict(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=77, layer_norm_eps=1e-5,
-        hidden_act="quick_gelu",
-    )  # fmt: skip
-    scheduler = dict(
-        _class_name="DDIMScheduler", beta_start=8.5e-4, beta_end=1.2e-2, num_train_timesteps=1000,
-        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77, **config}))
+    return len(words)
 
-    rng = np.random.default_rng(0)
+
+def random_component(rng, template, **config):
+    """A network of that config, every parameter drawn at random."""
+    from slam_jax.weights import pretrained
 
     def draw(shape):
         leaf = rng.normal(size=shape.shape) * max(1, np.prod(shape.shape[:-1])) ** -0.5
         return leaf.astype(np.float32)
 
-    def component(config, template):
-        return pretrained.Component(config, jax.tree.map(draw, template(config)))
+    return pretrained.Component(config, jax.tree.map(draw, template(config)))
 
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A Stable Diffusion folder with random weights, 32x32 pixels, latents 16x16x4, no torch."""
+    from slam_jax.weights import pretrained, templates
+
+    folder, rng = tmp_path_factory.mktemp("tiny_folder"), np.random.default_rng(0)
+    vocab_size = tiny_tokenizer(folder / "tokenizer")
+    text_encoder = {"vocab_size": vocab_size, **TINY_TEXT_ENCODER}
     model = pretrained.Pretrained(
-        component(unet, templates.of_unet),
-        component(vae, templates.of_vae),
-        component(text_encoder, templates.of_text_encoder),
-        scheduler,
-        tokenizer,
+        random_component(rng, templates.of_unet, **TINY_UNET),
+        random_component(rng, templates.of_vae, **TINY_VAE),
+        random_component(rng, templates.of_text_encoder, **text_encoder),
+        TINY_SCHEDULER,
+        folder / "tokenizer",
+    )
+    pretrained.write(folder / "model", model)
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory):
+    """The same for SDXL: two encoders, 16 + 24 wide, and a pooled text of width 12."""
+    from slam_jax.weights import pretrained, templates
+
+    folder, rng = tmp_path_factory.mktemp("tiny_sdxl_folder"), np.random.default_rng(1)
+    vocab_size = tiny_tokenizer(folder / "tokenizer")
+    tiny_tokenizer(folder / "tokenizer_2", pad_token="!")
+    # One resolution: its train step is compiled in half the time.
+    unet = TINY_UNET | dict(
+        block_out_channels=[8], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"],
+        transformer_layers_per_block=[1], cross_attention_dim=16 + 24, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    )  # fmt: skip
+    text_encoder = {"vocab_size": vocab_size, **TINY_TEXT_ENCODER, "num_hidden_layers": 2}
+    text_encoder_2 = text_encoder | dict(
+        architectures=["CLIPTextModelWithProjection"], hidden_size=24, hidden_act="gelu",
+        projection_dim=12, eos_token_id=2,
+    )  # fmt: skip
+    model = pretrained.Pretrained(
+        random_component(rng, templates.of_unet, **unet),
+        random_component(rng, templates.of_vae, **TINY_VAE),
+        random_component(rng, templates.of_text_encoder, **text_encoder),
+        TINY_SCHEDULER,
+        folder / "tokenizer",
+        random_component(rng, templates.of_text_encoder, **text_encoder_2),
+        folder / "tokenizer_2",
     )
     pretrained.write(folder / "model", model)
     return folder / "model"

@@ -1,12 +1,14 @@
 """The nets as pure functions: scaling, posterior, and a student that starts as its teacher."""
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from slam_jax import pipeline
+from slam_jax import evaluate, pipeline
+from slam_jax.data import text_inputs
 from slam_jax.errors import UserError
 from slam_jax.nets import vae
 from slam_jax.weights import pretrained
@@ -80,3 +82,45 @@ def test_image_size_must_suit_the_vae(model):
     assert pipeline.latent_shape(model, 32) == (16, 16, 4)
     with pytest.raises(UserError, match="31 pixels.*multiple of 2"):
         pipeline.latent_shape(model, 31)
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_sdxls_text_is_that_of_diffusers(tiny_sdxl_folder, force_zeros):
+    prompts = ["a red circle", "x"]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        tiny_sdxl_folder, add_watermarker=False, force_zeros_for_empty_prompt=force_zeros
+    )
+    with torch.no_grad():
+        hidden, null_hidden, pooled, null_pooled = pipe.encode_prompt(prompts, device="cpu")
+    time_ids = pipe._get_add_time_ids((48, 32), (0, 0), (48, 32), torch.int32, 12)
+
+    model = pretrained.read(tiny_sdxl_folder)._replace(force_zeros_for_empty_prompt=force_zeros)
+    params, tokens = (
+        pipeline.text_params(model),
+        text_inputs.read(model.tokenizer, model.tokenizer_2),
+    )
+    text = jax.jit(pipeline.encode_text(model, jnp.float32))(
+        params, tokens.encode(prompts, (48, 32))
+    )
+    np.testing.assert_allclose(text.hidden_states, hidden, atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(text.pooled, pooled, atol=1e-4, rtol=1e-5)
+    np.testing.assert_array_equal(text.time_ids, [*time_ids, *time_ids])
+
+    encode_null = jax.jit(pipeline.encode_null_text(model, jnp.float32))
+    null_text = encode_null(params, tokens.encode([""], (48, 32)))
+    np.testing.assert_allclose(null_text.hidden_states, null_hidden[:1], atol=1e-4, rtol=1e-5)
+    np.testing.assert_allclose(null_text.pooled, null_pooled[:1], atol=1e-4, rtol=1e-5)
+    assert (np.abs(null_text.pooled).max() == 0) == force_zeros
+
+
+def test_evaluation_cuts_any_text_into_batches():
+    text = {"a": jnp.arange(5.0)[:, None], "b": jnp.arange(5.0)}
+    noise = jnp.zeros((2, 5, 1, 1, 1))
+    sizes = []
+
+    def sample(text, noise):
+        sizes.append(noise.shape[1])
+        return text["a"][:, 0] + text["b"] + jnp.sum(noise)
+
+    np.testing.assert_array_equal(evaluate._in_batches(sample, text, noise, 2), [0, 2, 4, 6, 8])
+    assert sizes == [2, 2, 1]

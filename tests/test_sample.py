@@ -15,10 +15,15 @@ PROMPTS = ["a red circle above a blue square", "a cat", "an orange cross"]
 STEPS = 2
 
 
+@pytest.fixture(scope="module", params=["tiny_folder", "tiny_sdxl_folder"])
+def teacher_folder(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def student(tiny_folder, tmp_path_factory):
+def student(teacher_folder, tmp_path_factory):
     """A student folder as training writes it."""
-    teacher = pretrained.read(tiny_folder)
+    teacher = pretrained.read(teacher_folder)
     unet = pipeline.student_of(teacher.unet, 8, pipeline.random_cond_proj, np.random.default_rng(0))
     folder = tmp_path_factory.mktemp("student") / "student"
     pretrained.write(folder, student_folder.student(teacher, unet))
@@ -46,7 +51,11 @@ def _run(tmp_path, monkeypatch, *arguments):
 
 
 def _torch_pipeline(folder):
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    is_sdxl = (folder / "text_encoder_2").exists()
+    extra = {"add_watermarker": False} if is_sdxl else {"safety_checker": None}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **extra)
+    expected = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
+    assert type(pipe).__name__ == expected
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -64,9 +73,9 @@ def test_student_images_equal_diffusers(student, noise, tmp_path, monkeypatch):
     np.testing.assert_allclose(drawn, theirs, atol=2e-4)
 
 
-def test_teacher_images_equal_diffusers_ddim(tiny_folder, noise, tmp_path, monkeypatch):
-    drawn = _run(tmp_path, monkeypatch, f"--model={tiny_folder}", "--w=2")
-    pipe = _torch_pipeline(tiny_folder)
+def test_teacher_images_equal_diffusers_ddim(teacher_folder, noise, tmp_path, monkeypatch):
+    drawn = _run(tmp_path, monkeypatch, f"--model={teacher_folder}", "--w=2")
+    pipe = _torch_pipeline(teacher_folder)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(
         pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
     )

@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
-from slam_jax.data import tokenizer as tokenizers
+from slam_jax.data import text_inputs
 from slam_jax.errors import UserError
 
 
-def decode(tokenizer: tokenizers.Tokenizer, example: dict) -> dict[str, np.ndarray]:
-    """{"image": float32 [H, W, 3] in [-1, 1], "input_ids": int32 [L]}.
+def decode(tokenizers: text_inputs.Tokenizers, example: dict) -> dict[str, np.ndarray]:
+    """{"image": float32 [H, W, 3] in [-1, 1], "input_ids": int32 [L]}, for SDXL more.
 
-    The end of a caption longer than the tokenizer's length is dropped.
+    See text_inputs.Tokenizers. The end of a caption longer than the tokenizer's length is dropped.
     """
     image = example["image"].astype(np.float32) / np.float32(127.5) - np.float32(1)
-    return {"image": image, "input_ids": tokenizer.encode([example["caption"]])[0]}
+    text = tokenizers.encode([example["caption"]], image.shape[:2])
+    return {"image": image, **{name: rows[0] for name, rows in text.items()}}
 
 
 def batches(
@@ -27,7 +28,7 @@ def batches(
 ) -> grain.MapDataset:
     """Batch n is batches(...)[n], for every n: each epoch a new order, no example left out.
 
-    transform: example -> arrays of fixed shapes, such as functools.partial(decode, tokenizer).
+    transform: example -> arrays of fixed shapes, such as functools.partial(decode, tokenizers).
     A batch may span two epochs. seed in [0, 2**32).
     """
     if len(source) == 0:

@@ -5,15 +5,16 @@ The scale that Stable Diffusion pipelines call guidance_scale is w + 1.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
-from slam_jax.shapes import Latent, Text, Timestep
+from slam_jax.shapes import Conditioning, Latent, SDXLText, Timestep
 
-# The empty prompt: one for each example, or one for all.
-NullText = Float[Array, "#B L D"]
+# What is guided away from: one for each example, or one for all.
+NullText = Float[Array, "#B L D"] | SDXLText
 
 
 def cfg(
@@ -24,10 +25,10 @@ def cfg(
 
 
 def guided(
-    teacher: Callable[[Latent, Timestep, Text], Latent],
+    teacher: Callable[[Latent, Timestep, Conditioning], Latent],
     x: Latent,
     t: Timestep,
-    text: Text,
+    text: Conditioning,
     null_text: NullText,
     w: float,
     schedule: Schedule,
@@ -35,10 +36,16 @@ def guided(
 ) -> tuple[Latent, Latent]:
     """The teacher's guided (x_0hat, eps) at (x, t), from one call of batch 2B.
 
-    The first half of that batch is the conditional one; w = 0 is conditional only.
+    The first half of that batch is the conditional one; w = 0 is conditional only. An SDXLText
+    has the same sizes in both halves: null_text's time_ids are not read.
     """
+    if isinstance(text, SDXLText):
+        null_text = null_text._replace(time_ids=text.time_ids)
     both_x, both_t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-    both_text = jnp.concatenate([text, jnp.broadcast_to(null_text, text.shape)])
+    both_text = jax.tree.map(
+        lambda cond, null: jnp.concatenate([cond, jnp.broadcast_to(null, cond.shape)]),
+        text, null_text,
+    )  # fmt: skip
     output = teacher(both_x, both_t, both_text)
     alpha, sigma = schedule(both_t)
     x_0hat = prediction.to_x0(both_x, output, alpha, sigma)

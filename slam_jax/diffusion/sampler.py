@@ -11,7 +11,7 @@ from slam_jax.diffusion import guidance, parameterization, solver
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
-from slam_jax.shapes import Coeff, Latent, Text, Timestep
+from slam_jax.shapes import Coeff, Conditioning, Latent, Timestep
 
 
 def few_step_times(
@@ -50,12 +50,12 @@ def _levels(
 
 
 def consistency_sample(
-    net: Callable[[Latent, Timestep, Text, Coeff], Latent],
+    net: Callable[[Latent, Timestep, Conditioning, Coeff], Latent],
     schedule: Schedule,
     prediction: Prediction,
     times: Int[Array, "S"],
     noise: Float[Array, "S B h w C"],
-    text: Text,
+    text: Conditioning,
     start: Latent | None = None,
 ) -> Latent:
     """Multistep consistency sampling with gamma = 1 (METHOD.md §4) -> x_0; no guidance.
@@ -64,7 +64,7 @@ def consistency_sample(
     fresh noise with which step i begins. start: a latent to begin from, noised to times[0],
     instead of from noise alone (image to image).
     """
-    batch = text.shape[0]
+    batch = noise.shape[1]
     gamma = jnp.ones((batch, 1, 1, 1))
 
     def step(x_0, inputs):
@@ -83,17 +83,17 @@ def consistency_sample(
 
 
 def ddim_sample(
-    teacher: Callable[[Latent, Timestep, Text], Latent],
+    teacher: Callable[[Latent, Timestep, Conditioning], Latent],
     schedule: Schedule,
     prediction: Prediction,
     times: Int[Array, "S"],
     x_T: Latent,
-    text: Text,
+    text: Conditioning,
     null_text: guidance.NullText,
     w: float,
 ) -> Latent:
     """Guided DDIM from noise x_T through `times` (falling) to x_0; w = 0 is conditional only."""
-    batch = text.shape[0]
+    batch = x_T.shape[0]
 
     def step(carry, inputs):
         time, alpha, sigma = inputs

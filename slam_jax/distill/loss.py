@@ -14,11 +14,11 @@ from slam_jax.diffusion.schedule import Schedule
 from slam_jax.distill import teacher as teacher_walk
 from slam_jax.distill.gamma import GammaLaw, Progress
 from slam_jax.errors import UserError
-from slam_jax.shapes import Coeff, Latent, PerExample, PRNGKey, Text, Timestep
+from slam_jax.shapes import Coeff, Conditioning, Latent, PerExample, PRNGKey, Timestep
 
 # Raw networks: student and target take gamma, the teacher does not.
-StudentNet = Callable[[Latent, Timestep, Text, Coeff], Latent]
-TeacherNet = Callable[[Latent, Timestep, Text], Latent]
+StudentNet = Callable[[Latent, Timestep, Conditioning, Coeff], Latent]
+TeacherNet = Callable[[Latent, Timestep, Conditioning], Latent]
 
 
 class Method(NamedTuple):
@@ -95,7 +95,7 @@ def terms(
     teacher: TeacherNet,
     method: Method,
     x_0: Latent,
-    text: Text,
+    text: Conditioning,
     null_text: guidance.NullText,
     draw: Draw,
 ) -> Terms:
@@ -137,7 +137,7 @@ def slam_loss(
     teacher: TeacherNet,
     method: Method,
     x_0: Latent,
-    text: Text,
+    text: Conditioning,
     null_text: guidance.NullText,
     draw: Draw,
 ) -> PerExample:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from slam_jax.shapes import Text
+from slam_jax.diffusion import guidance
 
 Params = Any
 
@@ -23,12 +23,12 @@ class TrainState:
 
 
 class Frozen(NamedTuple):
-    """Parameters that never change, and the empty prompt's text [1, L, D]. Never donated."""
+    """Parameters that never change, and the text guided away from, a batch of 1. Never donated."""
 
     teacher: Params
     vae: Params
     text_encoder: Params
-    null_text: Text
+    null_text: guidance.NullText
 
 
 def init(student: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -14,8 +14,8 @@ from slam_jax.distill.loss import Method
 from slam_jax.distill.state import Frozen, TrainState
 from slam_jax.shapes import PRNGKey
 
-# Microbatches of B examples: "image" in [-1, 1] and "input_ids".
-Batch = dict[str, Float[Array, "accumulate B H W 3"] | Int[Array, "accumulate B L"]]
+# Microbatches of B examples: "image" in [-1, 1], "input_ids", and whatever else encode_text reads.
+Batch = dict[str, Float[Array, "accumulate B H W 3"] | Int[Array, "accumulate B _"]]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -25,7 +25,7 @@ class Nets(NamedTuple):
     student: Callable  # (params, x, t, text, gamma) -> raw output
     teacher: Callable  # (params, x, t, text) -> raw output
     encode_image: Callable  # (params, image, key) -> scaled latent
-    encode_text: Callable  # (params, input_ids) -> text
+    encode_text: Callable  # (params, batch) -> text
 
 
 def train_step(
@@ -75,7 +75,7 @@ def _mean_gradient(batch_loss, student, batch, step_key):
 def _mean_loss(nets, method, frozen, target, progress, student, microbatch, key):
     posterior_key, draw_key = jax.random.split(key)
     x_0 = nets.encode_image(frozen.vae, microbatch["image"], posterior_key)
-    text = nets.encode_text(frozen.text_encoder, microbatch["input_ids"])
+    text = nets.encode_text(frozen.text_encoder, microbatch)
     draw = loss.draw_subpath(draw_key, x_0, method, progress)
     per_example = loss.slam_loss(
         partial(nets.student, student), partial(nets.student, target),

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from slam_jax.diffusion import guidance, solver
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
-from slam_jax.shapes import Latent, Text, Timestep
+from slam_jax.shapes import Conditioning, Latent, Timestep
 
 
 def walk(
-    teacher: Callable[[Latent, Timestep, Text], Latent],
+    teacher: Callable[[Latent, Timestep, Conditioning], Latent],
     x_t: Latent,
     t: Timestep,
-    text: Text,
+    text: Conditioning,
     null_text: guidance.NullText,
     w: float,
     schedule: Schedule,

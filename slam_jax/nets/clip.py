@@ -1,10 +1,11 @@
-"""CLIP's text encoder, as Stable Diffusion 1.x (ViT-L) and 2.x (OpenCLIP-H) use it.
+"""CLIP's text encoder: Stable Diffusion 1.x's ViT-L, 2.x's OpenCLIP-H, SDXL's ViT-L and OpenCLIP-G.
 
 Submodules carry the names of the hub's text_encoder files, `text_model.` included
 (weights/names.py).
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -36,14 +37,16 @@ _READ = (
 # What a config.json may also hold and what then must stand there; any value of the inert ones.
 _REQUIRED_VALUES = {
     "model_type": "clip_text_model",
-    "architectures": ["CLIPTextModel"],
     "is_decoder": False,
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
 }
+_ARCHITECTURES = ("CLIPTextModel", "CLIPTextModelWithProjection")
+# What transformers takes for a config.json without the key.
+_EOS_TOKEN_ID = 49407
 _INERT = {
-    # token ids and the projection feed only the pooled output, which Stable Diffusion never reads
+    # where the text ends and the projection matter to a CLIPTextModelWithProjection alone
     "bos_token_id", "eos_token_id", "pad_token_id", "projection_dim",
     # training and bookkeeping
     "attention_dropout", "dropout", "initializer_factor", "initializer_range", "torch_dtype",
@@ -104,8 +107,20 @@ class CLIPEncoderLayer(nn.Module):
         return x + CLIPMLP(self.intermediate_size, self.activation, self.dtype, name="mlp")(h)
 
 
+class TextStates(NamedTuple):
+    """What Stable Diffusion reads of the encoder; what a jitted caller leaves is not computed."""
+
+    last: shapes.Text  # after the final layer norm
+    penultimate: shapes.Text  # hidden_states[-2] of transformers: into the last layer, no norm
+    pooled: Float[Array, "B P"] | None  # None without projection
+
+
 class CLIPTextModel(nn.Module):
-    """Causal transformer over token ids; fields are the keys of transformers' CLIPTextConfig."""
+    """Causal transformer over token ids; fields are the keys of transformers' CLIPTextConfig.
+
+    projection_dim is that of a CLIPTextModelWithProjection, None in a plain CLIPTextModel;
+    eos_token_id matters to the former alone.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -115,11 +130,17 @@ class CLIPTextModel(nn.Module):
     max_position_embeddings: int
     layer_norm_eps: float
     activation: Callable = quick_gelu
+    projection_dim: int | None = None
+    eos_token_id: int = _EOS_TOKEN_ID
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
     def __call__(self, input_ids: shapes.TokenIds) -> shapes.Text:
         """Last hidden state after the final layer norm. UserError above max_position_embeddings."""
+        return self.states(input_ids).last
+
+    @nn.compact
+    def states(self, input_ids: shapes.TokenIds) -> TextStates:
+        """Last, penultimate and pooled state. UserError above max_position_embeddings."""
         length = input_ids.shape[1]
         if length > self.max_position_embeddings:
             raise errors.UserError(
@@ -132,6 +153,7 @@ class CLIPTextModel(nn.Module):
         )
         mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
         for i in range(self.num_hidden_layers):
+            penultimate = x
             x = CLIPEncoderLayer(
                 num_heads=self.num_attention_heads,
                 intermediate_size=self.intermediate_size,
@@ -140,7 +162,23 @@ class CLIPTextModel(nn.Module):
                 dtype=self.dtype,
                 name=f"text_model.encoder.layers.{i}",
             )(x, mask)
-        return layers.layer_norm(self.layer_norm_eps, self.dtype, "text_model.final_layer_norm")(x)
+        norm = layers.layer_norm(self.layer_norm_eps, self.dtype, "text_model.final_layer_norm")
+        last = norm(x)
+        return TextStates(last, penultimate, self._pooled(last, input_ids))
+
+    def _pooled(self, last: shapes.Text, input_ids: shapes.TokenIds) -> Float[Array, "B P"] | None:
+        """The projected state at the end of the text."""
+        if self.projection_dim is None:
+            return None
+        # As in transformers: 2 stands in all configs older than its pull request 24773, SDXL's
+        # among them, and is not the id of the end, which is the vocabulary's last.
+        is_end = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
+        end = jnp.argmax(is_end, axis=-1)[:, None, None]
+        state = jnp.take_along_axis(last, end, axis=1)[:, 0]
+        projection = nn.Dense(
+            self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection"
+        )
+        return projection(state)
 
     def _embedding(self, rows: int, name: str) -> nn.Embed:
         name = f"text_model.embeddings.{name}"
@@ -166,16 +204,31 @@ def from_config(config: Mapping, *, dtype: DTypeLike = jnp.float32) -> CLIPTextM
     return CLIPTextModel(
         **{key: config[key] for key in _READ},
         activation=_ACTIVATIONS[config["hidden_act"]],
+        **_projection(config),
         dtype=dtype,
     )
 
 
+def _projection(config: Mapping) -> dict[str, int]:
+    """The fields that only a CLIPTextModelWithProjection has."""
+    if config.get("architectures") != ["CLIPTextModelWithProjection"]:
+        return {}
+    found = {"eos_token_id": _EOS_TOKEN_ID, "projection_dim": None, **config}
+    fields = {key: found[key] for key in ("projection_dim", "eos_token_id")}
+    for key, value in fields.items():
+        if not isinstance(value, int):
+            raise errors.UserError(
+                f"text encoder {key} {value!r} must be a number in a CLIPTextModelWithProjection; "
+                "correct its config.json"
+            )
+    return fields
+
+
 def _refuse_unbuilt(key: str, value) -> None:
-    if key == "architectures" and value == ["CLIPTextModelWithProjection"]:
-        # SDXL's second encoder: its pooled, projected output has no place here yet.
+    if key == "architectures" and value not in (None, *([name] for name in _ARCHITECTURES)):
         raise errors.UserError(
-            "text encoder architectures ['CLIPTextModelWithProjection'] is an SDXL encoder; "
-            "only Stable Diffusion 1.x and 2.x folders are supported"
+            f"text encoder architectures {value!r} is not supported; it may be "
+            + " or ".join(_ARCHITECTURES)
         )
     if key == "hidden_act" and value not in _ACTIVATIONS:
         raise errors.UserError(
@@ -186,7 +239,7 @@ def _refuse_unbuilt(key: str, value) -> None:
         raise errors.UserError(
             f"text encoder {key} {value!r} is not supported; it must be {_REQUIRED_VALUES[key]!r}"
         )
-    if key not in (*_READ, "hidden_act", *_REQUIRED_VALUES, *_INERT):
+    if key not in (*_READ, "hidden_act", "architectures", *_REQUIRED_VALUES, *_INERT):
         raise errors.UserError(
             f"text encoder config has the unknown key {key} = {value!r}; "
             "remove it if it does not change the network"

@@ -1,71 +1,25 @@
-"""Stable Diffusion's denoising UNet, for every SD 1.x and 2.x config. NHWC.
+"""Stable Diffusion's denoising UNet, for every SD 1.x, 2.x and SDXL config. NHWC.
 
 Module and field names are diffusers' (UNet2DConditionModel), dots included: see layers.py.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from slam_jax.errors import UserError
-from slam_jax.nets import attention, layers, unet_blocks
+from slam_jax.nets import attention, embeddings, layers, unet_blocks
+from slam_jax.shapes import Conditioning
 
 # Whether a block type of the config has transformers.
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-
-
-def sinusoid_angles(
-    timesteps: Int[Array, "B"], num_frequencies: int, freq_shift: int
-) -> Float[Array, "B F"]:
-    """t * 10000^(-i / (F - freq_shift)) in float32 for i = 0 ... F-1 (Vaswani et al. 2017).
-
-    An angle of 1000 rad feels the last bit of its frequency, so the exponent is rounded to
-    float32 as the checkpoints' training code rounded it.
-    """
-    index = np.arange(num_frequencies, dtype=np.float32)
-    exponent = np.float32(-math.log(10000)) * index / np.float32(num_frequencies - freq_shift)
-    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
-    return timesteps.astype(jnp.float32)[:, None] * frequencies[None, :]
-
-
-class TimestepEmbedding(nn.Module):
-    """Timestep (and condition) -> embedding, in float32 whatever the compute dtype of the rest.
-
-    bfloat16 would turn 999 into 1000. The condition is the student's embedding of gamma.
-    """
-
-    sinusoid_dim: int
-    embedding_dim: int
-    flip_sin_to_cos: bool
-    freq_shift: int
-    time_cond_proj_dim: int | None
-
-    @nn.compact
-    def __call__(
-        self, timesteps: Int[Array, "B"], condition: Float[Array, "B _"] | None
-    ) -> Float[Array, "B _"]:
-        angles = sinusoid_angles(timesteps, self.sinusoid_dim // 2, self.freq_shift)
-        parts = (jnp.sin(angles), jnp.cos(angles))
-        x = jnp.concatenate(parts[::-1] if self.flip_sin_to_cos else parts, axis=-1)
-        if self.time_cond_proj_dim is None:
-            assert condition is None, "a timestep condition needs time_cond_proj_dim"
-        else:
-            # Without bias, so a condition of zeros is the same as none.
-            if condition is None:
-                condition = jnp.zeros((x.shape[0], self.time_cond_proj_dim), jnp.float32)
-            assert condition.shape[-1] == self.time_cond_proj_dim, condition.shape
-            cond_proj = nn.Dense(self.sinusoid_dim, use_bias=False, name="cond_proj")
-            x = x + cond_proj(condition.astype(jnp.float32))
-        x = nn.silu(nn.Dense(self.embedding_dim, name="linear_1")(x))
-        return nn.Dense(self.embedding_dim, name="linear_2")(x)
+NUM_TIME_IDS = 6  # of shapes.SDXLText
 
 
 class UNet2DConditionModel(nn.Module):
@@ -92,6 +46,9 @@ class UNet2DConditionModel(nn.Module):
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     time_cond_proj_dim: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -100,22 +57,25 @@ class UNet2DConditionModel(nn.Module):
         self,
         sample: Float[Array, "B h w _"],
         timesteps: Int[Array, "B"],
-        encoder_hidden_states: Float[Array, "B L D"],
+        encoder_hidden_states: Conditioning,
         timestep_cond: Float[Array, "B _"] | None = None,
     ) -> Float[Array, "B h w _"]:
         """Latents of any height and width -> output of the same size, in the sample's dtype.
 
-        timesteps: integers in [0, 1000). timestep_cond: [B, time_cond_proj_dim].
+        timesteps: integers in [0, 1000). encoder_hidden_states: an SDXLText where
+        addition_embed_type is "text_time". timestep_cond: [B, time_cond_proj_dim].
         """
         assert sample.shape[-1] == self.in_channels, (sample.shape, self.in_channels)
-        assert encoder_hidden_states.shape[-1] == self.cross_attention_dim, (
-            f"text of width {encoder_hidden_states.shape[-1]}, "
-            f"cross_attention_dim {self.cross_attention_dim}"
-        )
-        text = encoder_hidden_states.astype(self.dtype)
+        text = encoder_hidden_states
         embedding = self.time_embedding()(timesteps, timestep_cond)
-        # SDXL's embedding of pooled text and sizes (addition_embed_type "text_time", module
-        # add_embedding) is to be added to `embedding` here.
+        if self.addition_embed_type is not None:
+            assert text.pooled.shape[-1] == self.pooled_width(), text.pooled.shape
+            embedding = embedding + self.add_embedding()(text)
+            text = text.hidden_states
+        assert text.shape[-1] == self.cross_attention_dim, (
+            f"text of width {text.shape[-1]}, cross_attention_dim {self.cross_attention_dim}"
+        )
+        text = text.astype(self.dtype)
         x = layers.conv3x3(self.block_out_channels[0], self.dtype, "conv_in")(sample)
         x = self.down_mid_up(x, embedding, text)
         x = layers.group_norm(self.norm_num_groups, self.norm_eps, self.dtype, "conv_norm_out")(x)
@@ -149,15 +109,31 @@ class UNet2DConditionModel(nn.Module):
             x = block(x, own, embedding, text)
         return x
 
-    def time_embedding(self) -> TimestepEmbedding:
+    def time_embedding(self) -> embeddings.TimestepEmbedding:
         """The submodule of that name."""
-        return TimestepEmbedding(
+        return embeddings.TimestepEmbedding(
             self.block_out_channels[0],
             4 * self.block_out_channels[0],
             self.flip_sin_to_cos,
             self.freq_shift,
             self.time_cond_proj_dim,
             name="time_embedding",
+        )
+
+    def add_embedding(self) -> embeddings.TextTimeEmbedding:
+        """The submodule of that name."""
+        return embeddings.TextTimeEmbedding(
+            self.addition_time_embed_dim,
+            4 * self.block_out_channels[0],
+            self.flip_sin_to_cos,
+            self.freq_shift,
+            name="add_embedding",
+        )
+
+    def pooled_width(self) -> int:
+        """P of the SDXLText that this UNet takes."""
+        return (
+            self.projection_class_embeddings_input_dim - NUM_TIME_IDS * self.addition_time_embed_dim
         )
 
     def makers(self) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
@@ -216,11 +192,10 @@ def per_level(value: int | tuple[int, ...], num_levels: int) -> tuple[int, ...]:
 # float32 always. sample_size is the pipeline's affair.
 INERT_KEYS = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads"})
 
-# Keys that are implemented for these values only. SDXL needs those of "addition".
+# Keys that are implemented for these values only.
 ONLY_VALUES = {
     "act_fn": ("silu", "swish"),
-    "addition_embed_type": (None,),
-    "addition_time_embed_dim": (None,),
+    "addition_embed_type": (None, "text_time"),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -239,7 +214,6 @@ ONLY_VALUES = {
     "num_attention_heads": (None,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
@@ -262,26 +236,22 @@ def from_config(
 ) -> UNet2DConditionModel:
     """The UNet that a diffusers unet/config.json describes; missing keys take diffusers' defaults.
 
-    Raises UserError for a value that is not implemented, SDXL's among them.
+    Raises UserError for a value that is not implemented.
     """
-    if config.get("addition_embed_type") is not None:
-        raise UserError(
-            f"UNet config: addition_embed_type is {config['addition_embed_type']!r}, as SDXL has "
-            "it, which is not supported yet; give a Stable Diffusion 1.x or 2.x model"
-        )
     fields = dict(DEFAULTS)
     for key, value in config.items():
         value = tuple(value) if isinstance(value, list) else value
-        if key in DEFAULTS:
-            fields[key] = value
-        elif key in ONLY_VALUES and value not in ONLY_VALUES[key]:
+        if key in ONLY_VALUES and value not in ONLY_VALUES[key]:
             allowed = " or ".join(repr(allowed) for allowed in ONLY_VALUES[key])
             raise UserError(f"UNet config: {key} is {value!r}; only {allowed} is supported")
+        if key in DEFAULTS:
+            fields[key] = value
         elif key not in ONLY_VALUES and key not in INERT_KEYS and not key.startswith("_"):
             raise UserError(f"UNet config: unknown key {key!r} (value {value!r}); remove it")
     fields["cross_attention_dim"] = one_width(fields["cross_attention_dim"])
     check_levels(fields)
     check_divisible(fields)
+    check_addition(fields)
     return UNet2DConditionModel(**fields, dtype=dtype, remat=remat)
 
 
@@ -330,3 +300,17 @@ def check_divisible(fields: Mapping) -> None:
                 raise UserError(
                     f"UNet config: {channels} channels are not a multiple of {key} {divisor}"
                 )
+
+
+def check_addition(fields: Mapping) -> None:
+    """Refuse a "text_time" without its two widths, or with no room for the pooled text."""
+    if fields["addition_embed_type"] is None:
+        return
+    width = fields["projection_class_embeddings_input_dim"]
+    sinusoid_dim = fields["addition_time_embed_dim"]
+    if not (width and sinusoid_dim) or width <= NUM_TIME_IDS * sinusoid_dim:
+        raise UserError(
+            f"UNet config: projection_class_embeddings_input_dim is {width} and "
+            f"addition_time_embed_dim {sinusoid_dim}; text_time needs the first to be "
+            f"{NUM_TIME_IDS} times the second and the pooled text's width"
+        )

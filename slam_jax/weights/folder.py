@@ -10,15 +10,21 @@ from pathlib import Path
 from slam_jax.errors import UserError
 from slam_jax.weights import tensorfile
 
-# Pipelines made of these parts, one class each; LatentConsistencyModelPipeline has the same.
-PIPELINES = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+# The networks of a folder and their classes, and which of them a pipeline is made of.
 PARTS = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+SDXL = "StableDiffusionXLPipeline"
+PIPELINES = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
+    "LatentConsistencyModelPipeline": ("unet", "vae", "text_encoder"),
+    SDXL: ("unet", "vae", "text_encoder", "text_encoder_2"),
 }
 _SUPPORTED = (
-    "supported are Stable Diffusion 1.x and 2.x and their LCM students, as diffusers folders"
+    "supported are Stable Diffusion 1.x, 2.x and XL and their LCM students, as diffusers folders"
 )
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -58,11 +64,11 @@ def read_index(root: Path) -> dict:
     index = read_json(root / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise UserError(f"{root} is a {index.get('_class_name')}; {_SUPPORTED}")
-    for part, class_name in PARTS.items():
+    for part in PIPELINES[index["_class_name"]]:
         found = index.get(part)
-        if not isinstance(found, list) or found[-1] != class_name:
+        if not isinstance(found, list) or found[-1] != PARTS[part]:
             raise UserError(
-                f"{root}/model_index.json: {part} is {found}, not a {class_name}; {_SUPPORTED}"
+                f"{root}/model_index.json: {part} is {found}, not a {PARTS[part]}; {_SUPPORTED}"
             )
     return index
 
@@ -76,9 +82,8 @@ def read_scheduler(root: Path) -> dict:
     return config
 
 
-def find_tokenizer(root: Path) -> Path:
-    """The tokenizer's folder: vocab.json and merges.txt, or tokenizer.json alone."""
-    path = root / "tokenizer"
+def find_tokenizer(path: Path) -> Path:
+    """The folder itself, if it holds a tokenizer: vocab.json and merges.txt, or tokenizer.json."""
     pair = (path / "vocab.json").is_file() and (path / "merges.txt").is_file()
     if not pair and not (path / "tokenizer.json").is_file():
         raise UserError(
@@ -157,15 +162,31 @@ def _no_weights(part: Path, wanted: str) -> str:
 
 def model_index(scheduler: Mapping) -> dict:
     """A StableDiffusionPipeline's model_index.json, without safety checker."""
-    absent = [None, None]
     return {
-        "_class_name": "StableDiffusionPipeline",
+        **_index("StableDiffusionPipeline", scheduler),
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+    }
+
+
+def sdxl_model_index(scheduler: Mapping, force_zeros_for_empty_prompt: bool) -> dict:
+    """A StableDiffusionXLPipeline's model_index.json."""
+    return {
+        **_index(SDXL, scheduler),
+        "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
+        "text_encoder_2": ["transformers", PARTS["text_encoder_2"]],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+
+
+def _index(class_name: str, scheduler: Mapping) -> dict:
+    """What all pipelines have."""
+    return {
+        "_class_name": class_name,
         # The first version that samples an LCM student at the right times (METHOD.md §4).
         "_diffusers_version": "0.24.0",
-        "feature_extractor": absent,
-        "image_encoder": absent,
-        "requires_safety_checker": False,
-        "safety_checker": absent,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", PARTS["text_encoder"]],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -9,9 +9,10 @@ import re
 # Linen's leaf -> torch's.
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
-# transformers 4, and with it every text_encoder on the hub, puts this before all names;
-# transformers 5 leaves it out, and reads both.
+# transformers 4, and with it every text_encoder on the hub, puts this before all names but the
+# projection's; transformers 5 leaves it out of encoders without projection, and reads both.
 TEXT_PREFIX = "text_model."
+TEXT_PROJECTION = "text_projection."
 
 # The VAE's attention before diffusers 0.15, as in Stable Diffusion 1.x's own files.
 _OLD_ATTENTION = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
@@ -37,7 +38,7 @@ def vae(name: str) -> str:
 
 def text_encoder(name: str) -> str | None:
     """Our name of a text encoder file's tensor; None for the position_ids buffer, a mere arange."""
-    name = name if name.startswith(TEXT_PREFIX) else TEXT_PREFIX + name
+    name = name if name.startswith((TEXT_PREFIX, TEXT_PROJECTION)) else TEXT_PREFIX + name
     return None if name.endswith(".embeddings.position_ids") else name
 
 

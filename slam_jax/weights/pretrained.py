@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from slam_jax.errors import UserError
+from slam_jax.weights import fit, names, templates, tensorfile, translate
 from slam_jax.weights import folder as folders
-from slam_jax.weights import names, templates, tensorfile, translate
 
 
 class Component(NamedTuple):
@@ -23,13 +23,18 @@ class Component(NamedTuple):
 
 
 class Pretrained(NamedTuple):
-    """A whole folder: networks, scheduler_config.json, and the tokenizer's folder."""
+    """A whole folder: networks, scheduler_config.json, and the tokenizers' folders."""
 
     unet: Component
     vae: Component
     text_encoder: Component
     scheduler: dict
     tokenizer: Path
+    # SDXL only, None in the others.
+    text_encoder_2: Component | None = None
+    tokenizer_2: Path | None = None
+    # SDXL only: what is guided away from is zeros, not the empty prompt's text.
+    force_zeros_for_empty_prompt: bool = True
 
 
 class Part(NamedTuple):
@@ -44,14 +49,23 @@ class Part(NamedTuple):
 UNET = Part("unet", "diffusion_pytorch_model", names.unet, templates.of_unet)
 VAE = Part("vae", "diffusion_pytorch_model", names.vae, templates.of_vae)
 TEXT_ENCODER = Part("text_encoder", "model", names.text_encoder, templates.of_text_encoder)
+TEXT_ENCODER_2 = TEXT_ENCODER._replace(name="text_encoder_2")
+PARTS = (UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2)
+
+
+class _Described(NamedTuple):
+    """A network's config.json, and the shapes of the parameters that it asks for."""
+
+    config: dict
+    shapes: dict
 
 
 class _Found(NamedTuple):
     """A network that was found and checked, nothing of it loaded yet."""
 
     config: dict
-    tensors: dict[str, tensorfile.Stored]
     shapes: dict
+    tensors: dict[str, tensorfile.Stored]
     source: str
     bare_names: bool
 
@@ -65,10 +79,24 @@ def read(
     parameters; None keeps the files' own. Raises UserError naming file and tensor.
     """
     root = Path(folder)
-    folders.read_index(root)
-    scheduler, tokenizer = folders.read_scheduler(root), folders.find_tokenizer(root)
-    found = [_find(root / part.name, part, variant) for part in (UNET, VAE, TEXT_ENCODER)]
-    return Pretrained(*(_load(each, dtype) for each in found), scheduler, tokenizer)
+    index = folders.read_index(root)
+    is_sdxl = index["_class_name"] == folders.SDXL
+    scheduler = folders.read_scheduler(root)
+    tokenizer = folders.find_tokenizer(root / "tokenizer")
+    tokenizer_2 = folders.find_tokenizer(root / "tokenizer_2") if is_sdxl else None
+    parts = [part for part in PARTS if part.name in folders.PIPELINES[index["_class_name"]]]
+    described = [_describe(root / part.name, part) for part in parts]
+    fit.check(str(root), *(each.config for each in described))
+    found = [
+        _find(root / part.name, part, each, variant)
+        for part, each in zip(parts, described, strict=True)
+    ]
+    unet, vae, *text_encoders = (_load(each, dtype) for each in found)
+    return Pretrained(
+        unet, vae, text_encoders[0], scheduler, tokenizer,
+        text_encoders[1] if is_sdxl else None, tokenizer_2,
+        index.get("force_zeros_for_empty_prompt", True),
+    )  # fmt: skip
 
 
 def read_component(
@@ -79,7 +107,8 @@ def read_component(
     dtype: DTypeLike | None = np.float32,
 ) -> Component:
     """One network from its own folder (config.json and weights), whatever that is called."""
-    return _load(_find(Path(folder), part, variant), dtype)
+    path = Path(folder)
+    return _load(_find(path, part, _describe(path, part), variant), dtype)
 
 
 def write(
@@ -89,7 +118,7 @@ def write(
     dtype: DTypeLike | None = None,
     variant: str | None = None,
 ) -> None:
-    """Write what `read` reads and diffusers' StableDiffusionPipeline.from_pretrained loads.
+    """Write what `read` reads and diffusers' StableDiffusion(XL)Pipeline.from_pretrained loads.
 
     dtype: of the weights in the files; None writes them as they are. An existing model folder
     is replaced, at once and only when the new one is complete; any other folder is refused.
@@ -116,18 +145,25 @@ def write(
 def _write_all(
     root: Path, pretrained: Pretrained, dtype: DTypeLike | None, variant: str | None
 ) -> None:
-    write_component(root / "unet", UNET, pretrained.unet, dtype=dtype, variant=variant)
-    write_component(root / "vae", VAE, pretrained.vae, dtype=dtype, variant=variant)
-    write_component(
-        root / "text_encoder", TEXT_ENCODER, pretrained.text_encoder, dtype=dtype, variant=variant
-    )
+    scheduler = pretrained.scheduler
+    networks = [(UNET, pretrained.unet), (VAE, pretrained.vae)]
+    networks.append((TEXT_ENCODER, pretrained.text_encoder))
+    tokenizers = {"tokenizer": pretrained.tokenizer}
+    index = folders.model_index(scheduler)
+    if pretrained.text_encoder_2 is not None:
+        networks.append((TEXT_ENCODER_2, pretrained.text_encoder_2))
+        tokenizers["tokenizer_2"] = pretrained.tokenizer_2
+        index = folders.sdxl_model_index(scheduler, pretrained.force_zeros_for_empty_prompt)
+    for part, network in networks:
+        write_component(root / part.name, part, network, dtype=dtype, variant=variant)
     (root / "scheduler").mkdir()
-    folders.write_json(root / "scheduler" / "scheduler_config.json", pretrained.scheduler)
-    (root / "tokenizer").mkdir()
-    for path in pretrained.tokenizer.iterdir():
-        if path.is_file():
-            shutil.copyfile(path, root / "tokenizer" / path.name)
-    folders.write_json(root / "model_index.json", folders.model_index(pretrained.scheduler))
+    folders.write_json(root / "scheduler" / "scheduler_config.json", scheduler)
+    for name, folder in tokenizers.items():
+        (root / name).mkdir()
+        for path in folder.iterdir():
+            if path.is_file():
+                shutil.copyfile(path, root / name / path.name)
+    folders.write_json(root / "model_index.json", index)
 
 
 def write_component(
@@ -151,22 +187,27 @@ def write_component(
 
 
 def _config_to_write(part: Part, config: Mapping, dtype_name: str) -> dict:
-    if part is not TEXT_ENCODER:
+    if part in (UNET, VAE):
         return {"_class_name": folders.PARTS[part.name], **config}
     # transformers loads a model as what its config says of the dtype.
     dtypes = {key: dtype_name for key in ("dtype", "torch_dtype") if key in config}
-    return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **config, **dtypes}
+    architectures = [folders.PARTS[part.name]]
+    return {"architectures": architectures, "model_type": "clip_text_model", **config, **dtypes}
 
 
-def _find(path: Path, part: Part, variant: str | None) -> _Found:
-    """Check one network's folder against the network that its config.json describes."""
+def _describe(path: Path, part: Part) -> _Described:
+    """One network's config.json; UserError unless it is of that part's class and can be built."""
     config_path = path / "config.json"
     config = folders.read_json(config_path)
-    class_name = config.get("_class_name", folders.PARTS[part.name])
-    if class_name != folders.PARTS[part.name]:
-        raise UserError(f"{config_path} is of a {class_name}, not a {folders.PARTS[part.name]}")
+    wanted = folders.PARTS[part.name]
+    # diffusers' key, then transformers'.
+    class_name = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
+    if class_name != wanted:
+        raise UserError(f"{config_path} is of a {class_name}, not a {wanted}")
+    if part is TEXT_ENCODER_2:
+        config = {"architectures": [wanted], **config}
     try:
-        shapes = part.template(config)
+        return _Described(config, part.template(config))
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -174,12 +215,16 @@ def _find(path: Path, part: Part, variant: str | None) -> _Found:
         raise UserError(
             f"{config_path} describes no network that can be built ({line}); correct it"
         ) from None
+
+
+def _find(path: Path, part: Part, described: _Described, variant: str | None) -> _Found:
+    """Check one network's weights against the network that its config.json describes."""
     source, stored = folders.find_tensors(path, part.stem, variant)
     tensors = _under_our_names(stored, part)
-    translate.check(tensors, shapes, str(source))
+    translate.check(tensors, described.shapes, str(source))
     prefix = names.TEXT_PREFIX
     bare_names = any(name == prefix + stored.name for name, stored in tensors.items())
-    return _Found(config, tensors, shapes, str(source), bare_names)
+    return _Found(*described, tensors, str(source), bare_names)
 
 
 def _under_our_names(

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from slam_jax.nets import classifier, clip, unet, vae
+from slam_jax.shapes import SDXLText
 
 
 def of_unet(config: Mapping) -> dict:
     """Tree of ShapeDtypeStruct of the UNet that unet/config.json describes."""
     net = unet.from_config(config)
     size = 2 ** len(net.block_out_channels)
+    text = _floats(1, 2, net.cross_attention_dim)
+    if net.addition_embed_type is not None:
+        text = SDXLText(text, _floats(1, net.pooled_width()), _integers(1, unet.NUM_TIME_IDS))
     gamma = net.time_cond_proj_dim and _floats(1, net.time_cond_proj_dim)
-    return _shapes(
-        net, _floats(1, size, size, net.in_channels), _integers(1),
-        _floats(1, 2, net.cross_attention_dim), gamma,
-    )  # fmt: skip
+    return _shapes(net, _floats(1, size, size, net.in_channels), _integers(1), text, gamma)
 
 
 def of_vae(config: Mapping) -> dict:
@@ -29,7 +30,7 @@ def of_vae(config: Mapping) -> dict:
 
 
 def of_text_encoder(config: Mapping) -> dict:
-    """Tree of ShapeDtypeStruct of the CLIPTextModel that text_encoder/config.json describes."""
+    """Tree of ShapeDtypeStruct of the CLIPTextModel (WithProjection) that config.json describes."""
     return _shapes(clip.from_config(config), _integers(1, 1))
 
 
@@ -40,7 +41,7 @@ def of_classifier(label_sizes: tuple[int, ...], size: int) -> dict:
 
 # Tracing takes seconds, and one process reads several folders of one shape.
 @functools.cache
-def _shapes(net: nn.Module, *inputs: jax.ShapeDtypeStruct | None) -> dict:
+def _shapes(net: nn.Module, *inputs: jax.ShapeDtypeStruct | SDXLText | None) -> dict:
     return jax.eval_shape(
         lambda *inputs: net.init(jax.random.key(0), *inputs), *inputs
     )["params"]  # fmt: skip

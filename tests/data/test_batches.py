@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from slam_jax import errors
-from slam_jax.data import batches, tokenizer
+from slam_jax.data import batches, text_inputs, tokenizer
 
 EPOCH = 131  # Grain's shuffle is slow for a handful of examples, not for many
 
@@ -125,7 +125,8 @@ def test_decode_gives_the_range_of_the_networks():
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     encoder = tokenizer.Tokenizer(words, bos=1, eos=2, pad=0, length=6)
     image = np.array([[[0, 51, 255]]], np.uint8)
-    out = batches.decode(encoder, {"image": image, "caption": "a cat"})
+    example = {"image": image, "caption": "a cat"}
+    out = batches.decode(text_inputs.Tokenizers(encoder, None), example)
     np.testing.assert_allclose(out["image"], [[[-1, -0.6, 1]]], rtol=0, atol=1e-6)
     assert out["image"].dtype == np.float32 and out["input_ids"].dtype == np.int32
     assert out["input_ids"].tolist() == [1, 5, 6, 2, 0, 0]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slam_jax.diffusion import guidance, parameterization, schedule
+from slam_jax.shapes import SDXLText
 
 LEVELS = schedule.from_config(
     {
@@ -96,3 +97,20 @@ def test_one_empty_prompt_serves_the_whole_batch(w):
     ours = jax.jit(lambda null_text: guided(epsilon_teacher, null_text, w))(one)
     for value, expected in zip(ours, guided(epsilon_teacher, repeated, w), strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sdxls_sizes_are_those_of_the_example_in_both_halves():
+    calls = []
+
+    def teacher(x, t, text):
+        calls.append(text)
+        return epsilon_teacher(x, t, text.hidden_states)
+
+    sizes = jnp.asarray([[32, 24, 0, 4, 16, 16], [8, 8, 1, 0, 8, 8]], jnp.int32)
+    text = SDXLText(TEXT, TEXT[:, 0], sizes)
+    one = SDXLText(NULL_TEXT[:1], NULL_TEXT[:1, 1], jnp.zeros((1, 6), jnp.int32))
+    guidance.guided(teacher, X, T, text, one, 2.0, LEVELS, parameterization.EPSILON)
+    (both,) = calls
+    np.testing.assert_array_equal(both.hidden_states[2:], [NULL_TEXT[0], NULL_TEXT[0]])
+    np.testing.assert_array_equal(both.pooled, [*TEXT[:, 0], NULL_TEXT[0, 1], NULL_TEXT[0, 1]])
+    np.testing.assert_array_equal(both.time_ids, [*sizes, *sizes])

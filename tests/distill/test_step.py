@@ -43,7 +43,7 @@ NETS = step.Nets(
     encode_image=lambda params, image, key: (
         image[:, ::2, ::2] * params + 0.1 * jax.random.normal(key, image[:, ::2, ::2].shape)
     ),
-    encode_text=lambda params, ids: params[ids],
+    encode_text=lambda params, batch: params[batch["input_ids"]],
 )
 
 
@@ -126,7 +126,7 @@ def test_update_is_that_of_the_mean_gradient(one_device):
             part_key = jax.random.fold_in(jax.random.fold_in(key, 3), number)
             posterior_key, draw_key = jax.random.split(part_key)
             x_0 = NETS.encode_image(frozen.vae, part["image"], posterior_key)
-            text = NETS.encode_text(frozen.text_encoder, part["input_ids"])
+            text = NETS.encode_text(frozen.text_encoder, part)
             draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.3)
             total += loss.slam_loss(
                 partial(_net, student), partial(_net, start.target), partial(_net, frozen.teacher),

@@ -19,23 +19,28 @@ SD2 = dict(
     num_attention_heads=3, max_position_embeddings=11, hidden_act="gelu", layer_norm_eps=1e-4,
 )  # fmt: skip
 SPECIAL = dict(bos_token_id=0, eos_token_id=2, pad_token_id=1)
+PROJECTED = "CLIPTextModelWithProjection"
 
 
 def torch_model(config: dict) -> transformers.CLIPTextModel:
     return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config, **SPECIAL)).eval()
 
 
-def file_config(model: transformers.CLIPTextModel) -> dict:
+def torch_projected(config: dict) -> transformers.CLIPTextModelWithProjection:
+    config = transformers.CLIPTextConfig(**{**SPECIAL, **config})
+    return transformers.CLIPTextModelWithProjection(config).eval()
+
+
+def file_config(model: transformers.PreTrainedModel) -> dict:
     """The config as save_pretrained writes it."""
-    return {**model.config.to_diff_dict(), "architectures": ["CLIPTextModel"]}
+    return {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
 
 
-def torch_names(model: transformers.CLIPTextModel) -> dict:
+def torch_names(model: transformers.PreTrainedModel) -> dict:
     """State dict under the hub's names: transformers 5 leaves out `text_model.`."""
-    return {
-        "text_model." + name.removeprefix("text_model."): tensor
-        for name, tensor in model.state_dict().items()
-    }
+    if isinstance(model, transformers.CLIPTextModelWithProjection):
+        return model.state_dict()
+    return {f"text_model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def torch_name(path) -> tuple[str, str]:
@@ -53,10 +58,9 @@ def relative_error(out: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(out - reference) / np.linalg.norm(reference))
 
 
-def randomised(config: dict, seed: int):
+def randomised(model: transformers.PreTrainedModel):
     """Torch model with normal weights, norms and biases too, and the same as a Flax tree."""
-    torch.manual_seed(seed)
-    model = torch_model(config)
+    torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(0, 0.3).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
@@ -72,7 +76,7 @@ def randomised(config: dict, seed: int):
 
 @pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
 def test_matches_torch(config):
-    model, module, params = randomised(config, seed=1)
+    model, module, params = randomised(torch_model(config))
     length = config["max_position_embeddings"]
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (3, length), dtype=np.int32)
     with torch.no_grad():
@@ -88,6 +92,54 @@ def test_matches_torch(config):
     assert np.all(moved[:, :-1] == 0) and np.all(np.abs(moved[:, -1]).max(axis=-1) > 1e-3)
 
 
+def sdxl_prompts(vocab_size: int) -> np.ndarray:
+    """Start, text, end, then padding as SDXL's two tokenizers do it: the end again, or "!" (0)."""
+    rng, end = np.random.default_rng(0), vocab_size - 1
+    ids = rng.integers(3, end, (4, 11), dtype=np.int32)
+    for row, (length, pad) in zip(ids, ((1, end), (5, end), (1, 0), (7, 0)), strict=True):
+        row[length], row[length + 1 :] = end, pad
+    return ids
+
+
+@pytest.mark.parametrize("eos_token_id", [2, SD2["vocab_size"] - 1])
+def test_sdxls_states_match_torch(eos_token_id):
+    config = {**SD2, "projection_dim": 7, "eos_token_id": eos_token_id}
+    model, module, params = randomised(torch_projected(config))
+    ids = sdxl_prompts(config["vocab_size"])
+    if eos_token_id != 2:
+        ids[0, 4] = 2  # nothing special
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids).long(), output_hidden_states=True)
+    states = jax.jit(lambda p, ids: module.apply({"params": p}, ids, method="states"))(params, ids)
+    for ours, reference in (
+        (states.pooled, theirs.text_embeds),
+        (states.penultimate, theirs.hidden_states[-2]),
+        (states.last, theirs.last_hidden_state),
+    ):
+        assert relative_error(np.asarray(ours), reference.numpy()) <= 1e-5
+
+
+def test_penultimate_state_of_a_plain_encoder_matches_torch_and_costs_a_layer_less():
+    model, module, params = randomised(torch_model(SD1))
+    ids = np.random.default_rng(0).integers(0, SD1["vocab_size"], (3, 13), dtype=np.int32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids).long(), output_hidden_states=True).hidden_states[-2]
+
+    def compiled(read):
+        call = lambda p, ids: read(module.apply({"params": p}, ids, method="states"))  # noqa: E731
+        return jax.jit(call).lower(params, ids).compile()
+
+    penultimate, last = compiled(lambda s: s.penultimate), compiled(lambda s: s.last)
+    assert relative_error(np.asarray(penultimate(params, ids)), theirs.numpy()) <= 1e-5
+    assert penultimate.cost_analysis()["flops"] < 0.55 * last.cost_analysis()["flops"]
+
+
+OPENCLIP_G = dict(
+    vocab_size=49408, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+    num_attention_heads=20, max_position_embeddings=77, hidden_act="gelu", projection_dim=1280,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -99,12 +151,13 @@ def test_matches_torch(config):
             vocab_size=49408, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
             num_attention_heads=16, max_position_embeddings=77, hidden_act="gelu",
         ),
+        OPENCLIP_G,
     ],
-    ids=["vit-l of sd1.5", "openclip-h of sd2"],
+    ids=["vit-l of sd1.5 and sdxl", "openclip-h of sd2", "openclip-g of sdxl"],
 )  # fmt: skip
 def test_real_sizes_have_the_torch_names_and_shapes(config):
     with torch.device("meta"):
-        model = torch_model(config)
+        model = torch_projected(config) if config is OPENCLIP_G else torch_model(config)
     expected = {name: tuple(t.shape) for name, t in torch_names(model).items()}
     ours = {}
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -129,7 +182,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     "key, value",
     [
         ("hidden_act", "relu"),
-        ("architectures", ["CLIPTextModelWithProjection"]),
+        ("architectures", ["T5EncoderModel"]),
         ("model_type", "t5"),
         ("relative_attention", True),
         ("num_attention_heads", 5),
@@ -145,6 +198,14 @@ def test_a_config_without_a_needed_key_is_refused():
     config = {k: v for k, v in SD1.items() if k != "hidden_size"}
     with pytest.raises(errors.UserError, match="lacks hidden_size"):
         clip.from_config({**config, "layer_norm_eps": 1e-5})
+
+
+@pytest.mark.parametrize("key, value", [("projection_dim", None), ("eos_token_id", [1, 2])])
+def test_a_projection_needs_its_numbers(key, value):
+    config = {**SD1, "layer_norm_eps": 1e-5, "projection_dim": 8, "architectures": [PROJECTED]}
+    with pytest.raises(errors.UserError) as caught:
+        clip.from_config({**config, key: value})
+    assert f"{key} {value}" in str(caught.value)
 
 
 def test_more_tokens_than_positions_are_refused():

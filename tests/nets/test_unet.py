@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.models import embeddings
+from diffusers.models import embeddings as torch_embeddings
 
 from slam_jax import errors
-from slam_jax.nets import unet
+from slam_jax.nets import embeddings, unet
+from slam_jax.shapes import SDXLText
 from slam_jax.weights import templates, translate
 
 TWO_LEVELS = dict(
@@ -47,6 +48,18 @@ LISTS = {
     "flip_sin_to_cos": False,
     "freq_shift": 1,
 }
+SDXL = {
+    **TWO_LEVELS,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": [1, 2],
+    "attention_head_dim": [2, 4],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 7,
+}
 ONE_LEVEL = dict(
     block_out_channels=[8],
     down_block_types=["DownBlock2D"],
@@ -66,6 +79,27 @@ SD21_BASE = dict(
     use_linear_projection=True,
 )
 SD21 = {**SD21_BASE, "sample_size": 96, "upcast_attention": True}
+# stabilityai/stable-diffusion-xl-base-1.0, whole.
+SDXL_BASE = dict(
+    _class_name="UNet2DConditionModel", _diffusers_version="0.19.0.dev0", act_fn="silu",
+    addition_embed_type="text_time", addition_embed_type_num_heads=64, addition_time_embed_dim=256,
+    attention_head_dim=[5, 10, 20], block_out_channels=[320, 640, 1280], center_input_sample=False,
+    class_embed_type=None, class_embeddings_concat=False, conv_in_kernel=3, conv_out_kernel=3,
+    cross_attention_dim=2048, cross_attention_norm=None,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    downsample_padding=1, dual_cross_attention=False, encoder_hid_dim=None,
+    encoder_hid_dim_type=None, flip_sin_to_cos=True, freq_shift=0, in_channels=4,
+    layers_per_block=2, mid_block_only_cross_attention=None, mid_block_scale_factor=1,
+    mid_block_type="UNetMidBlock2DCrossAttn", norm_eps=1e-05, norm_num_groups=32,
+    num_attention_heads=None, num_class_embeds=None, only_cross_attention=False, out_channels=4,
+    projection_class_embeddings_input_dim=2816, resnet_out_scale_factor=1.0,
+    resnet_skip_time_act=False, resnet_time_scale_shift="default", sample_size=128,
+    time_cond_proj_dim=None, time_embedding_act_fn=None, time_embedding_dim=None,
+    time_embedding_type="positional", timestep_post_act=None,
+    transformer_layers_per_block=[1, 2, 10],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    upcast_attention=None, use_linear_projection=True,
+)  # fmt: skip
 
 
 def torch_model(config: dict) -> diffusers.UNet2DConditionModel:
@@ -85,12 +119,26 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
-def draw(config: dict, height: int, width: int, batch: int = 2) -> dict[str, jax.Array]:
+def draw(config: dict, height: int, width: int, batch: int = 2) -> dict[str, jax.Array | SDXLText]:
+    text = normal(2, batch, 5, config["cross_attention_dim"])
+    if "addition_embed_type" in config:
+        width_of_sizes = 6 * config["addition_time_embed_dim"]
+        pooled = normal(4, batch, config["projection_class_embeddings_input_dim"] - width_of_sizes)
+        time_ids = jnp.asarray([[1023, 768, 0, 5, 1024, 512], [64, 4000, 17, 0, 8, 9]], jnp.int32)
+        text = SDXLText(text, pooled, time_ids[:batch])
     return {
         "sample": normal(1, batch, height, width, config.get("in_channels", 4)),
         "timesteps": jnp.asarray([999, 19], jnp.int32)[:batch],
-        "encoder_hidden_states": normal(2, batch, 5, config["cross_attention_dim"]),
+        "encoder_hidden_states": text,
     }
+
+
+def torch_text(text: jax.Array | SDXLText) -> dict:
+    """The arguments that tell diffusers' UNet the same."""
+    if not isinstance(text, SDXLText):
+        return {"encoder_hidden_states": to_torch(text)}
+    added = {"text_embeds": to_torch(text.pooled), "time_ids": to_torch(text.time_ids)}
+    return {"encoder_hidden_states": to_torch(text.hidden_states), "added_cond_kwargs": added}
 
 
 def to_torch(array: jax.Array | None) -> torch.Tensor | None:
@@ -108,6 +156,14 @@ def relative_error(out, reference) -> float:
         pytest.param(SD2, 7, 8, False, id="sd2, odd height"),
         pytest.param(FOUR_LEVELS, 13, 11, False, id="four levels, odd sizes"),
         pytest.param(LISTS, 4, 6, False, id="lists, gamma embedding not given"),
+        pytest.param(SDXL, 4, 6, False, id="sdxl"),
+        pytest.param(
+            {**SDXL, "time_cond_proj_dim": 10, "flip_sin_to_cos": False, "freq_shift": 1},
+            4,
+            4,
+            True,
+            id="sdxl with gamma embedding, sines first",
+        ),
     ],
 )
 def test_matches_torch(config, height, width, with_cond):
@@ -119,7 +175,7 @@ def test_matches_torch(config, height, width, with_cond):
         reference = model(
             to_torch(inputs["sample"]).permute(0, 3, 1, 2),
             to_torch(inputs["timesteps"]),
-            to_torch(inputs["encoder_hidden_states"]),
+            **torch_text(inputs["encoder_hidden_states"]),
             timestep_cond=to_torch(cond),
         ).sample.permute(0, 2, 3, 1)
 
@@ -132,13 +188,13 @@ def test_matches_torch(config, height, width, with_cond):
 @pytest.mark.parametrize("cond_dim", [None, 10])
 @pytest.mark.parametrize("flip_sin_to_cos, freq_shift", [(True, 0), (False, 1)])
 def test_time_embedding_matches_torch(cond_dim, flip_sin_to_cos, freq_shift):
-    torch_embedding = embeddings.TimestepEmbedding(32, 48, cond_proj_dim=cond_dim)
+    torch_embedding = torch_embeddings.TimestepEmbedding(32, 48, cond_proj_dim=cond_dim)
     tensors = randomise(torch_embedding)
-    module = unet.TimestepEmbedding(32, 48, flip_sin_to_cos, freq_shift, cond_dim)
+    module = embeddings.TimestepEmbedding(32, 48, flip_sin_to_cos, freq_shift, cond_dim)
     timesteps = jnp.asarray([0, 1, 259, 500, 999], jnp.int32)
     cond = cond_dim and normal(3, 5, cond_dim)
 
-    sinusoid = embeddings.Timesteps(32, flip_sin_to_cos, freq_shift)(to_torch(timesteps))
+    sinusoid = torch_embeddings.Timesteps(32, flip_sin_to_cos, freq_shift)(to_torch(timesteps))
     with torch.no_grad():
         reference = torch_embedding(sinusoid, to_torch(cond))
     shapes = jax.eval_shape(module.init, jax.random.key(0), timesteps, cond)["params"]
@@ -149,8 +205,8 @@ def test_time_embedding_matches_torch(cond_dim, flip_sin_to_cos, freq_shift):
 
 @pytest.mark.parametrize(
     "config",
-    [SD15, {**SD15, "time_cond_proj_dim": 256}, SD21_BASE, SD21],
-    ids=["sd1.5", "sd1.5 with gamma embedding", "sd2.1-base", "sd2.1"],
+    [SD15, {**SD15, "time_cond_proj_dim": 256}, SD21_BASE, SD21, SDXL_BASE],
+    ids=["sd1.5", "sd1.5 with gamma embedding", "sd2.1-base", "sd2.1", "sdxl-base"],
 )
 def test_real_sizes_have_the_torch_names_and_shapes(config):
     with torch.device("meta"):
@@ -179,7 +235,7 @@ def test_bfloat16_leaves_the_time_embedding_in_float32():
     def run(dtype):
         out, state = unet.from_config(config, dtype=dtype).apply(
             {"params": params}, **inputs, timestep_cond=cond, mutable=["intermediates"],
-            capture_intermediates=lambda module, _: isinstance(module, unet.TimestepEmbedding),
+            capture_intermediates=lambda net, _: isinstance(net, embeddings.TimestepEmbedding),
         )  # fmt: skip
         return state["intermediates"]["time_embedding"]["__call__"][0], out
 
@@ -234,7 +290,9 @@ def test_remat_recomputes_and_keeps_the_names():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"addition_embed_type": "text_time"}, ["addition_embed_type", "'text_time'", "SDXL"]),
+        ({"addition_embed_type": "text_image"}, ["addition_embed_type", "'text_image'"]),
+        ({"addition_embed_type": "text_time"}, ["addition_time_embed_dim None", "text_time"]),
+        ({**SDXL, "projection_class_embeddings_input_dim": 48}, ["input_dim is 48", "embed_dim 8"]),
         ({"only_cross_attention": True}, ["only_cross_attention", "True"]),
         ({"only_cross_attention": [True, False]}, ["only_cross_attention", "(True, False)"]),
         ({"mid_block_type": None}, ["mid_block_type", "None", "UNetMidBlock2DCrossAttn"]),
@@ -260,3 +318,12 @@ def test_config_keys_without_effect_are_accepted():
     plain = unet.from_config(TWO_LEVELS)
     inert = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "upcast_attention": True}
     assert unet.from_config({**TWO_LEVELS, **inert, "cross_attention_dim": [12, 12]}) == plain
+
+
+def test_bfloat16_leaves_sdxls_sizes_in_float32():
+    time_ids = jnp.asarray([[1023, 0, 0, 0, 0, 0], [1024, 0, 0, 0, 0, 0]], jnp.int32)
+    text = SDXLText(normal(2, 2, 5, 12), jnp.ones((2, 7), jnp.bfloat16), time_ids)
+    module = embeddings.TextTimeEmbedding(8, 64, flip_sin_to_cos=True, freq_shift=0)
+    embedding, _ = module.init_with_output(jax.random.key(0), text)
+    assert embedding.dtype == jnp.float32
+    assert np.abs(embedding[0] - embedding[1]).max() > 1e-2

@@ -376,11 +376,12 @@ def test_other_configs_are_refused(model, file, changes, words):
 
 
 @pytest.mark.parametrize(
-    "class_name", ["StableDiffusionXLPipeline", "FluxPipeline", "FlaxStableDiffusionPipeline", None]
+    "class_name",
+    ["StableDiffusionXLInpaintPipeline", "FluxPipeline", "FlaxStableDiffusionPipeline", None],
 )
 def test_other_families_are_refused_with_those_supported(model, class_name):
     edit_json(model / "model_index.json", _class_name=class_name)
-    assert f"is a {class_name}; supported are Stable Diffusion 1.x and 2.x" in refusal(model)
+    assert f"is a {class_name}; supported are Stable Diffusion 1.x, 2.x and XL" in refusal(model)
 
 
 def test_places_that_are_no_folder(tmp_path):
