@@ -44,7 +44,12 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
-            source="shapes2d", path="", size=32, num_images=100_000, seed=1, num_threads=1,
+            source="shapes2d",
+            path="",
+            size=32,
+            num_images=100_000,
+            seed=1,
+            num_threads=1,
             num_prefetch=2,
         )  # fmt: skip
     )
