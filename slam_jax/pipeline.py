@@ -208,14 +208,21 @@ def pixels_per_latent(model: pretrained.Pretrained) -> int:
 
 def few_step(
     student: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
-    num_steps: int, original_steps: int,
+    num_steps: int, original_steps: int, strength: float = 1.0,
 ) -> Callable[..., Image]:  # fmt: skip
-    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1]."""
-    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size)
+    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1].
 
-    def sample(student_params: Params, vae_params: Params, text: Conditioning, noise) -> Image:
+    A fifth argument, scaled latents, is where image to image starts; strength is the share of
+    noise that they are given.
+    """
+    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size, strength)
+
+    def sample(
+        student_params: Params, vae_params: Params, text: Conditioning, noise,
+        start: Latent | None = None,
+    ) -> Image:  # fmt: skip
         net = partial(student, student_params)
-        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text)
+        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text, start)
         return decode(vae_params, x_0)
 
     return sample

@@ -4,20 +4,27 @@
         --prompt "a red circle above a blue square"
 """
 
-from collections.abc import Callable
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Key
 
 from slam_jax import command, pipeline
+from slam_jax.data import image as image_file
 from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import unet
-from slam_jax.runtime import folder, images, log
+from slam_jax.runtime import folder, images, log, mesh
+from slam_jax.shapes import PRNGKey
 from slam_jax.weights import pretrained
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder in diffusers' layout.")
@@ -32,35 +39,42 @@ _NOISE = flags.DEFINE_string(
     "File.npy, [steps, B, h, w, C] float32: the starting latents, then the fresh noise of each "
     "later step, which DDIM ignores. Instead of --seed.",
 )  # fmt: skip
-_OUT = flags.DEFINE_string(
-    "out", None, "File.png, a grid; or File.npy, [B, H, W, 3] float32 in [0, 1]."
+_INIT_IMAGE = flags.DEFINE_string(
+    "init_image", None, "Picture to start from (students only); its middle square is taken."
 )
+_STRENGTH = flags.DEFINE_float("strength", 0.8, "Of the noise on --init_image, in (0, 1].")
+_OUT = flags.DEFINE_string(
+    "out", None,
+    "File.png, a grid; File.npy, [B, H, W, 3] float32 in [0, 1]; or a folder, for a numbered PNG "
+    "per prompt with the settings in its text chunk.",
+)  # fmt: skip
 
-_BATCH_SIZE = 16
+_BATCH_SIZE = 16  # on each device
 _COLUMNS = 4
 _DEFAULT_W = 6.5
 _ORIGINAL_STEPS = 50
+# Apart from those of the images, whose numbers are the first keys.
+_POSTERIOR_STREAM = 2**32 - 1
 _Noise = Float[np.ndarray, "S B h w C"]
 
 
 def main() -> None:
     out = Path(_OUT.value)
-    if out.suffix not in (".png", ".npy"):
-        raise UserError(f"--out {out} must end in .png or .npy")
-    folder.check_writable(out.parent)
+    if out.suffix not in ("", ".png", ".npy"):
+        raise UserError(f"--out {out} must end in .png or .npy, or name a folder")
+    folder.check_writable(out if out.suffix == "" else out.parent)
     prompts = _read_prompts(_PROMPT.value, _PROMPTS.value)
     model = pretrained.read(_MODEL.value, variant=_VARIANT.value)
     is_student = pipeline.is_student(model.unet.config)
     if is_student and _W.value is not None:
         raise UserError(f"--w {_W.value}: a student's guidance was fixed in training; leave it out")
+    if _INIT_IMAGE.value is not None and not is_student:
+        raise UserError(f"--init_image needs a few-step student, and {_MODEL.value} is none")
     steps = (4 if is_student else 50) if _STEPS.value is None else _STEPS.value
+    size, noise_of = _noise(_NOISE.value, model, steps, len(prompts), _SEED.value)
+    image = _init_image(_INIT_IMAGE.value, size)
     draw = _few_step(model, steps) if is_student else _ddim(model, steps, _W.value)
-    noise = _read_noise(_NOISE.value, model, steps, len(prompts), _SEED.value)
-    drawn = _draw_all(draw, model, prompts, noise)
-    if out.suffix == ".npy":
-        np.save(out, drawn)
-    else:
-        folder.write_atomic(out, images.png(images.grid(_in_rows(drawn))))
+    _save(out, _draw_all(draw, model, prompts, size, noise_of, image), prompts, steps)
 
 
 def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
@@ -77,58 +91,85 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     return prompts
 
 
-def _read_noise(
+def _noise(
     path: str | None, model: pretrained.Pretrained, steps: int, count: int, seed: int
-) -> _Noise:
-    """From the file, or normal: image i's from (seed, i), so that batches do not matter."""
-    channels = unet.from_config(model.unet.config).in_channels
+) -> tuple[tuple[int, int], Callable[[np.ndarray], _Noise]]:
+    """Height and width of images, and (their numbers) -> noise.
+
+    From the file, or normal, from (seed, number) alone, so that batches do not matter.
+    """
+    channels, factor = (
+        unet.from_config(model.unet.config).in_channels,
+        pipeline.pixels_per_latent(model),
+    )
     if path is not None:
-        try:
-            noise = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read --noise {path}: {error}") from None
-        shape = noise.shape
-        if len(shape) != 5 or (shape[0], shape[1], shape[4]) != (steps, count, channels):
-            raise UserError(
-                f"--noise {path} has shape {list(shape)}; {steps} steps and {count} prompts "
-                f"need [{steps}, {count}, h, w, {channels}]"
-            )
-        return noise.astype(np.float32)
+        noise = _read_noise(path, (steps, count, channels))
+        size = (factor * noise.shape[2], factor * noise.shape[3])
+        return size, partial(np.take, noise, axis=1)
     size = {"sample_size": None, **model.unet.config}["sample_size"]
     if size is None:
         raise UserError(f"{_MODEL.value}/unet/config.json lacks sample_size; give --noise")
     height, width = (size, size) if isinstance(size, int) else size
-    key = jax.random.key(seed)
-    each = [
-        jax.random.normal(jax.random.fold_in(key, i), (steps, height, width, channels))
-        for i in range(count)
-    ]
-    return np.stack(each, axis=1)
+    draw = jax.jit(jax.vmap(
+        lambda key: jax.random.normal(key, (steps, height, width, channels)), out_axes=1
+    ))  # fmt: skip
+    return (factor * height, factor * width), (
+        lambda numbers: jax.device_get(draw(_keys(jax.random.key(seed), numbers)))
+    )
+
+
+def _read_noise(path: str, expected: tuple[int, int, int]) -> _Noise:
+    """The array in a file; UserError unless its steps, images and channels are those expected."""
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --noise {path}: {error}") from None
+    steps, count, channels = expected
+    shape = noise.shape
+    if len(shape) != 5 or (shape[0], shape[1], shape[4]) != expected:
+        raise UserError(
+            f"--noise {path} has shape {list(shape)}; {steps} steps and {count} prompts "
+            f"need [{steps}, {count}, h, w, {channels}]"
+        )
+    return noise.astype(np.float32)
+
+
+def _keys(key: PRNGKey, numbers: np.ndarray) -> Key[Array, "B"]:
+    return jax.vmap(partial(jax.random.fold_in, key))(jax.device_put(numbers.astype(np.uint32)))
 
 
 def _few_step(model: pretrained.Pretrained, steps: int) -> Callable:
-    """(unet_params, vae_params, text, null_text, noise) -> images."""
+    """(unet_params, vae_params, text, null_text, noise, image, keys) -> images.
+
+    image: None, or [1, H, W, 3] in [-1, 1] to start from; keys, one an image, draw its latents.
+    """
     original = {"original_inference_steps": _ORIGINAL_STEPS, **model.scheduler}
+    strength = 1.0 if _INIT_IMAGE.value is None else _STRENGTH.value
     sample = pipeline.few_step(
         pipeline.student(model.unet.config, np.float32, remat=False),
-        *_shared(model), steps, original["original_inference_steps"],
+        *_shared(model), steps, original["original_inference_steps"], strength,
     )  # fmt: skip
+    encode = pipeline.encode_image(model.vae.config, np.float32)
 
-    def draw(unet_params, vae_params, text, null_text, noise):
+    def draw(unet_params, vae_params, text, null_text, noise, image, keys):
         del null_text
-        return sample(unet_params, vae_params, text, noise)
+        start = image
+        if image is not None:
+            start = jax.vmap(lambda key: encode(vae_params, image, key)[0])(keys)
+        return sample(unet_params, vae_params, text, noise, start)
 
     return draw
 
 
 def _ddim(model: pretrained.Pretrained, steps: int, w: float | None) -> Callable:
-    """(unet_params, vae_params, text, null_text, noise) -> images."""
+    """(unet_params, vae_params, text, null_text, noise, None, keys) -> images."""
     sample = pipeline.ddim(
         pipeline.teacher(model.unet.config, np.float32), *_shared(model),
         steps, _ORIGINAL_STEPS, _DEFAULT_W if w is None else w,
     )  # fmt: skip
 
-    def draw(unet_params, vae_params, text, null_text, noise):
+    def draw(unet_params, vae_params, text, null_text, noise, image, keys):
+        del image, keys
         return sample(unet_params, vae_params, text, null_text, noise[0])
 
     return draw
@@ -143,32 +184,80 @@ def _shared(model: pretrained.Pretrained) -> tuple:
 
 
 def _draw_all(
-    draw: Callable, model: pretrained.Pretrained, prompts: list[str], noise: _Noise
-) -> Float[np.ndarray, "B H W 3"]:
-    """Batch by batch, the last one filled up, so that all have one shape and compile once."""
+    draw: Callable,
+    model: pretrained.Pretrained,
+    prompts: list[str],
+    image_size: tuple[int, int],
+    noise_of: Callable[[np.ndarray], _Noise],
+    image: Float[np.ndarray, "1 H W 3"] | None,
+) -> Iterator[Float[np.ndarray, "B H W 3"]]:
+    """Batch by batch over all devices, the last one filled up, so that it compiles once."""
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
     command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
-    factor = pipeline.pixels_per_latent(model)
-    image_size = (factor * noise.shape[2], factor * noise.shape[3])
     encoded = tokens.encode(prompts, image_size)
-    unet_params, vae_params, text_params = jax.device_put(
-        (model.unet.params, model.vae.params, pipeline.text_params(model))
+    devices = mesh.make((("data", -1),))
+    params = (model.unet.params, model.vae.params, pipeline.text_params(model))
+    (unet_params, vae_params, text_params), image = jax.device_put(
+        (params, image), mesh.replicated(devices)
     )
     encode_text = jax.jit(pipeline.encode_text(model, np.float32))
     encode_null_text = jax.jit(pipeline.encode_null_text(model, np.float32))
     null_text = encode_null_text(text_params, tokens.encode([""], image_size))
+    posterior_key = jax.random.fold_in(jax.random.key(_SEED.value), _POSTERIOR_STREAM)
+
     draw = jax.jit(draw)
-    size = min(_BATCH_SIZE, len(prompts))
-    drawn = []
+    size = devices.size * min(_BATCH_SIZE, -(-len(prompts) // devices.size))
+    rows, columns = (NamedSharding(devices, P(*axes)) for axes in (("data",), (None, "data")))
     with log.bar(0, len(prompts)) as progress, log.phase(progress, "drawing"):
-        for start in range(0, len(prompts), size):
-            chosen = np.arange(start, start + size) % len(prompts)
-            text = encode_text(text_params, {name: rows[chosen] for name, rows in encoded.items()})
-            drawn.append(
-                np.asarray(draw(unet_params, vae_params, text, null_text, noise[:, chosen]))
+        for first in range(0, len(prompts), size):
+            numbers = np.arange(first, first + size)
+            chosen = numbers % len(prompts)
+            text = encode_text(
+                text_params, jax.device_put({k: v[chosen] for k, v in encoded.items()}, rows)
             )
-            progress.bar.update(min(size, len(prompts) - start))
-    return np.concatenate(drawn)[: len(prompts)]
+            noise = jax.device_put(noise_of(chosen), columns)
+            keys = _keys(posterior_key, chosen)
+            drawn = draw(unet_params, vae_params, text, null_text, noise, image, keys)
+            count = min(size, len(prompts) - first)
+            progress.bar.update(count)
+            yield jax.device_get(drawn)[:count]
+
+
+def _init_image(
+    path: str | None, image_size: tuple[int, int]
+) -> Float[np.ndarray, "1 H W 3"] | None:
+    """The picture as the VAE takes it, cut and resized to the model's size."""
+    if path is None:
+        return None
+    height, width = image_size
+    if height != width:
+        raise UserError(f"--init_image is for square images; the noise is for {height} x {width}")
+    picture = image_file.read(Path(path), height)
+    return picture[None].astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _save(
+    out: Path, batches: Iterator[Float[np.ndarray, "B H W 3"]], prompts: list[str], steps: int
+) -> None:
+    """A grid, an array, or a folder of pictures, each written as soon as it is drawn."""
+    if out.suffix == "":
+        for number, drawn in enumerate(itertools.chain.from_iterable(batches)):
+            notes = _settings(number, prompts[number], steps)
+            content = images.png(images.quantize(drawn), slam_jax=notes)
+            folder.write_atomic(out / f"{number:06d}.png", content)
+        return
+    drawn = np.concatenate(list(batches))
+    if out.suffix == ".npy":
+        np.save(out, drawn)
+    else:
+        folder.write_atomic(out, images.png(images.grid(_in_rows(drawn))))
+
+
+def _settings(number: int, prompt: str, steps: int) -> str:
+    """What would draw picture `number` again, as JSON."""
+    given = (_MODEL, _VARIANT, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
+    values = {flag.name: flag.value for flag in given if flag.value is not None}
+    return json.dumps({"prompt": prompt, "number": number, "steps": steps, **values})
 
 
 def _in_rows(drawn: Float[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "R C H W 3"]:

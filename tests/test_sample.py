@@ -1,13 +1,21 @@
 """Sampling from a folder against diffusers' pipeline, fed with the same noise."""
 
+import json
+
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
 from absl import flags
+from diffusers.models.autoencoders import vae
+from diffusers.pipelines.latent_consistency_models import pipeline_latent_consistency_img2img
 from diffusers.schedulers import scheduling_lcm
+from jax.sharding import Mesh
+from PIL import Image
 
 from slam_jax import pipeline, sample
+from slam_jax.runtime import mesh
 from slam_jax.weights import pretrained
 from slam_jax.weights import student as student_folder
 
@@ -47,6 +55,8 @@ def _run(tmp_path, monkeypatch, *arguments):
     ])  # fmt: skip
     sample.main()
     flags.FLAGS.unparse_flags()
+    for name in ("init_image", "strength", "w"):
+        flags.FLAGS[name].value = flags.FLAGS[name].default
     return np.load(tmp_path / "out.npy")
 
 
@@ -88,10 +98,73 @@ def test_teacher_images_equal_diffusers_ddim(teacher_folder, noise, tmp_path, mo
 
 def test_noise_of_an_image_depends_on_seed_and_number_alone(tiny_folder):
     model = pretrained.read(tiny_folder)
-    few, many = (sample._read_noise(None, model, STEPS, count, seed=1) for count in (2, 3))
-    assert many.shape == (STEPS, 3, 16, 16, 4)
-    np.testing.assert_array_equal(few, many[:, :2])
+    size, noise_of = sample._noise(None, model, STEPS, 5, seed=1)
+    many, few = noise_of(np.arange(5)), noise_of(np.array([3, 1]))
+    assert size == (32, 32) and many.shape == (STEPS, 5, 16, 16, 4)
+    np.testing.assert_array_equal(few, many[:, [3, 1]])
     assert np.abs(few[:, 0] - few[:, 1]).max() > 0.1
+
+
+# diffusers has no such pipeline for SDXL.
+@pytest.mark.parametrize("teacher_folder", ["tiny_folder"], indirect=True)
+def test_image_to_image_equals_diffusers(student, noise, tmp_path, monkeypatch):
+    picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "start.png")
+    drawn = _run(
+        tmp_path, monkeypatch, f"--model={student}", f"--init_image={tmp_path}/start.png",
+        "--strength=0.6",
+    )  # fmt: skip
+
+    key = jax.random.fold_in(jax.random.key(0), sample._POSTERIOR_STREAM)
+    posterior_noise = [
+        jax.random.normal(jax.random.fold_in(key, number), (1, 16, 16, 4)) for number in range(3)
+    ]
+    channels_first = torch.tensor(noise).permute(0, 1, 4, 2, 3)
+    pipe = diffusers.LatentConsistencyModelImg2ImgPipeline.from_pretrained(
+        student, safety_checker=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for number, prompt in enumerate(PROMPTS):
+        fresh = iter(channels_first[:, number : number + 1])
+        latent_noise = torch.tensor(np.asarray(posterior_noise[number])).permute(0, 3, 1, 2)
+        monkeypatch.setattr(vae, "randn_tensor", lambda *_, _noise=latent_noise, **__: _noise)
+        for module in (pipeline_latent_consistency_img2img, scheduling_lcm):
+            monkeypatch.setattr(module, "randn_tensor", lambda *_, _fresh=fresh, **__: next(_fresh))
+        theirs = pipe(
+            prompt, Image.fromarray(picture), num_inference_steps=STEPS, strength=0.6,
+            guidance_scale=1.0, output_type="np",
+        ).images  # fmt: skip
+        np.testing.assert_allclose(drawn[number], theirs[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("teacher_folder", ["tiny_folder"], indirect=True)
+def test_a_folder_gets_numbered_pictures_with_their_settings(student, noise, tmp_path, monkeypatch):
+    drawn = _run(tmp_path, monkeypatch, f"--model={student}")
+    _run(tmp_path, monkeypatch, f"--model={student}", f"--out={tmp_path}/many")
+    paths = sorted((tmp_path / "many").iterdir())
+    assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png"]
+    for path, prompt, expected in zip(paths, PROMPTS, drawn, strict=True):
+        with Image.open(path) as picture:
+            assert np.abs(np.asarray(picture) - 255 * expected).max() <= 0.51
+            settings = json.loads(picture.text["slam_jax"])
+        assert settings["prompt"] == prompt and settings["steps"] == STEPS
+        assert settings["model"] == str(student) and settings["number"] == int(path.stem)
+
+
+def test_images_do_not_depend_on_batches_and_devices(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    drawn = []
+    for count in (4, 1):
+        devices = jax.devices()[:count]
+        monkeypatch.setattr(mesh, "make", lambda axes, _d=devices: Mesh(np.array(_d), ("data",)))
+        flags.FLAGS([
+            "sample", f"--prompts={tmp_path}/prompts.txt", f"--model={tiny_folder}", "--steps=2",
+            f"--out={tmp_path}/out.npy", "--w=1", "--seed=3",
+        ])  # fmt: skip
+        sample.main()
+        flags.FLAGS.unparse_flags()
+        drawn.append(np.load(tmp_path / "out.npy"))
+    np.testing.assert_allclose(*drawn, atol=1e-4)
 
 
 def test_pictures_come_in_rows(tmp_path):

@@ -5,7 +5,7 @@ import textwrap
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 _GAP = 2
 _BACKGROUND = 255
@@ -13,10 +13,15 @@ _FONT_SIZE = 12  # pixels
 _LEGIBLE = 96  # pixels; smaller images are enlarged without smoothing
 
 
+def quantize(images: Float[np.ndarray, "*S"]) -> UInt8[np.ndarray, "*S"]:
+    """[0, 1], clipped, to the nearest of 256 levels."""
+    return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
 def grid(images: Float[np.ndarray, "R C H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
     """Images in [0, 1], R rows of C, a white gap between; small ones are enlarged."""
     rows, columns, height, width, _ = images.shape
-    pixels = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    pixels = quantize(images)
     times = max(1, -(-_LEGIBLE // width))
     pixels = pixels.repeat(times, axis=2).repeat(times, axis=3)
     height, width = height * times, width * times
@@ -30,10 +35,12 @@ def grid(images: Float[np.ndarray, "R C H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
     return canvas
 
 
-def png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """The bytes of a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+def png(pixels: UInt8[np.ndarray, "h w 3"], **notes: str) -> bytes:
+    """The bytes of a PNG file; notes go into its text chunks."""
+    buffer, text = io.BytesIO(), PngImagePlugin.PngInfo()
+    for key, note in notes.items():
+        text.add_itxt(key, note)
+    Image.fromarray(pixels).save(buffer, "PNG", pnginfo=text)
     return buffer.getvalue()
 
 
