@@ -192,6 +192,27 @@ def student_of(
     )
 
 
+def fold_gamma(student: pretrained.Component) -> pretrained.Component:
+    """The student at gamma = 1, where it is sampled, as a UNet without that input.
+
+    Its embedding e is constant there, so C e, added before linear_1, is a bias: b + W (C e).
+    A UNet that takes no gamma is returned as it is.
+    """
+    if not is_student(student.config):
+        return student
+    time_embedding = dict(student.params["time_embedding"])
+    cond_proj = np.float64(time_embedding.pop("cond_proj")["kernel"])
+    linear_1 = time_embedding["linear_1"]
+    e = parameterization.gamma_embedding(jnp.ones((1, 1, 1, 1)), len(cond_proj))[0]
+    shift = np.float64(e) @ cond_proj @ np.float64(linear_1["kernel"])
+    bias = np.asarray(linear_1["bias"])
+    time_embedding["linear_1"] = {**linear_1, "bias": (bias + shift).astype(bias.dtype)}
+    return student._replace(
+        config={key: student.config[key] for key in student.config if key != "time_cond_proj_dim"},
+        params={**student.params, "time_embedding": time_embedding},
+    )
+
+
 def latent_shape(model: pretrained.Pretrained, image_size: int) -> tuple[int, int, int]:
     """[h, w, C] of the latents of square images."""
     factor = pixels_per_latent(model)

@@ -11,7 +11,7 @@ from slam_jax import evaluate, pipeline
 from slam_jax.data import text_inputs
 from slam_jax.errors import UserError
 from slam_jax.nets import vae
-from slam_jax.weights import pretrained
+from slam_jax.weights import pretrained, translate
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,46 @@ def test_student_with_zero_cond_proj_is_the_teacher(model):
     )
     assert jnp.abs(call(student.params, x, t, text, gamma) - theirs).max() > 1e-3
     assert "cond_proj" not in model.unet.params["time_embedding"]
+
+
+def relative_error(one, other) -> float:
+    return float(np.linalg.norm(one - other) / np.linalg.norm(other))
+
+
+def test_folded_gamma_is_gamma_one(model):
+    student = pipeline.student_of(
+        model.unet, 256, pipeline.random_cond_proj, np.random.default_rng(0)
+    )
+    folded = pipeline.fold_gamma(student)
+    assert "time_cond_proj_dim" not in folded.config
+    assert student.config["time_cond_proj_dim"] == 256
+    assert pipeline.fold_gamma(folded) is folded
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    text = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    t, one = jnp.array([999, 259]), jnp.ones((2, 1, 1, 1))
+    call = jax.jit(pipeline.student(student.config, jnp.float32, remat=False))
+    plain = jax.jit(pipeline.teacher(folded.config, jnp.float32))
+    ours = [call(student.params, x, t, text, one), plain(folded.params, x, t, text)]
+
+    # torch's UNets, the student's fed what torch's pipeline feeds it at guidance_scale = 1.
+    scale = torch.zeros(2)
+    cond = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding(None, scale, 256)
+    theirs = []
+    for component, kwargs in ((student, {"timestep_cond": cond}), (folded, {})):
+        net = diffusers.UNet2DConditionModel.from_config(component.config)
+        tensors = translate.to_tensors(component.params)
+        net.load_state_dict({n: torch.tensor(tensors[n]) for n in tensors})
+        with torch.no_grad():
+            inputs = (
+                torch.tensor(np.asarray(array)) for array in (x.transpose(0, 3, 1, 2), t, text)
+            )
+            out = net(*inputs, **kwargs).sample
+        theirs.append(out.permute(0, 2, 3, 1).numpy())
+    assert relative_error(ours[1], ours[0]) <= 1e-5
+    assert relative_error(theirs[1], theirs[0]) <= 1e-5
+    assert relative_error(ours[1], theirs[0]) <= 1e-5
+    # The layer that is folded away matters.
+    assert relative_error(plain(model.unet.params, x, t, text), theirs[0]) > 1e-3
 
 
 def test_random_cond_proj_is_drawn_as_torch_draws_it():

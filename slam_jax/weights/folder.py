@@ -51,9 +51,9 @@ def read_json(path: Path) -> dict:
 
 def read_index(root: Path) -> dict:
     """model_index.json, if the folder is of a supported family; else UserError."""
-    if root.suffix in (".safetensors", *_PICKLES) and root.is_file():
+    if root.suffix in _PICKLES and root.is_file():
         convert = _CONVERT.format(load="P.from_single_file('FILE')")
-        raise UserError(f"{root} is a single file, not a diffusers folder; {convert}")
+        raise UserError(f"{root} is a pickle, which is never opened; {convert}")
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}; for a model of the hub, "

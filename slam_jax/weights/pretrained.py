@@ -53,7 +53,7 @@ TEXT_ENCODER_2 = TEXT_ENCODER._replace(name="text_encoder_2")
 PARTS = (UNET, VAE, TEXT_ENCODER, TEXT_ENCODER_2)
 
 
-class _Described(NamedTuple):
+class Described(NamedTuple):
     """A network's config.json, and the shapes of the parameters that it asks for."""
 
     config: dict
@@ -71,32 +71,60 @@ class _Found(NamedTuple):
 
 
 def read(
-    folder: str | Path, *, variant: str | None = None, dtype: DTypeLike | None = np.float32
+    folder: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: DTypeLike | None = np.float32,
+    config: str | Path | None = None,
 ) -> Pretrained:
     """The model in `folder`; everything is checked before anything is loaded.
 
     variant: as in diffusers, "fp16" reads the files *.fp16.safetensors. dtype: of the
-    parameters; None keeps the files' own. Raises UserError naming file and tensor.
+    parameters; None keeps the files' own. `folder` may be a single .safetensors file in LDM's
+    layout; then `config` is a folder with all that it lacks. Raises UserError naming file and
+    tensor.
     """
     root = Path(folder)
+    if root.suffix == ".safetensors" and not root.is_dir():
+        # Here, since it returns what this module defines.
+        from slam_jax.weights import single_file
+
+        if variant is not None:
+            raise UserError(f"{root} is one file, without variants; leave out variant {variant!r}")
+        return single_file.read(root, config, dtype=dtype)
+    networks, others = describe(root)
+    if config is not None:
+        raise UserError(f"{root} is no single file and has its own configs; give no config folder")
+    found = {
+        part.name: _find(root / part.name, part, networks[part.name], variant)
+        for part in PARTS
+        if part.name in networks
+    }
+    return Pretrained(**{name: _load(each, dtype) for name, each in found.items()}, **others)
+
+
+def describe(root: Path) -> tuple[dict[str, Described], dict]:
+    """What a folder holds beside weights: its networks by part, and Pretrained's other fields.
+
+    Raises UserError for what is missing, not supported or does not fit together.
+    """
     index = folders.read_index(root)
-    is_sdxl = index["_class_name"] == folders.SDXL
-    scheduler = folders.read_scheduler(root)
-    tokenizer = folders.find_tokenizer(root / "tokenizer")
-    tokenizer_2 = folders.find_tokenizer(root / "tokenizer_2") if is_sdxl else None
-    parts = [part for part in PARTS if part.name in folders.PIPELINES[index["_class_name"]]]
-    described = [_describe(root / part.name, part) for part in parts]
-    fit.check(str(root), *(each.config for each in described))
-    found = [
-        _find(root / part.name, part, each, variant)
-        for part, each in zip(parts, described, strict=True)
-    ]
-    unet, vae, *text_encoders = (_load(each, dtype) for each in found)
-    return Pretrained(
-        unet, vae, text_encoders[0], scheduler, tokenizer,
-        text_encoders[1] if is_sdxl else None, tokenizer_2,
-        index.get("force_zeros_for_empty_prompt", True),
-    )  # fmt: skip
+    others = {
+        "scheduler": folders.read_scheduler(root),
+        "tokenizer": folders.find_tokenizer(root / "tokenizer"),
+    }
+    if index["_class_name"] == folders.SDXL:
+        others["tokenizer_2"] = folders.find_tokenizer(root / "tokenizer_2")
+        key = "force_zeros_for_empty_prompt"
+        others[key] = index.get(key, True)
+    names_of_parts = folders.PIPELINES[index["_class_name"]]
+    networks = {
+        part.name: _describe(root / part.name, part)
+        for part in PARTS
+        if part.name in names_of_parts
+    }
+    fit.check(str(root), *(each.config for each in networks.values()))
+    return networks, others
 
 
 def read_component(
@@ -195,7 +223,7 @@ def _config_to_write(part: Part, config: Mapping, dtype_name: str) -> dict:
     return {"architectures": architectures, "model_type": "clip_text_model", **config, **dtypes}
 
 
-def _describe(path: Path, part: Part) -> _Described:
+def _describe(path: Path, part: Part) -> Described:
     """One network's config.json; UserError unless it is of that part's class and can be built."""
     config_path = path / "config.json"
     config = folders.read_json(config_path)
@@ -207,7 +235,7 @@ def _describe(path: Path, part: Part) -> _Described:
     if part is TEXT_ENCODER_2:
         config = {"architectures": [wanted], **config}
     try:
-        return _Described(config, part.template(config))
+        return Described(config, part.template(config))
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -217,7 +245,7 @@ def _describe(path: Path, part: Part) -> _Described:
         ) from None
 
 
-def _find(path: Path, part: Part, described: _Described, variant: str | None) -> _Found:
+def _find(path: Path, part: Part, described: Described, variant: str | None) -> _Found:
     """Check one network's weights against the network that its config.json describes."""
     source, stored = folders.find_tensors(path, part.stem, variant)
     tensors = _under_our_names(stored, part)

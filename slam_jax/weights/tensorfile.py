@@ -6,7 +6,7 @@ Neither way holds more than one tensor beside what the caller holds.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     _file: Any
+    _view: Callable[[np.ndarray], np.ndarray] = np.asarray
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         tensor = self._file.get_slice(self.name)
@@ -36,7 +37,29 @@ class Stored:
                 f"{self.path}: tensor {self.name!r} is {tensor.get_dtype()}; weights must be "
                 f"{', '.join(_FLOATS)}, so give a folder that is not quantized"
             )
-        return np.asarray(self._file.get_tensor(self.name), dtype=dtype)
+        return np.asarray(self._view(self._file.get_tensor(self.name)), dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """Tensors to be written as one, along their first axis; np.asarray(stacked) joins them."""
+
+    parts: tuple[np.ndarray, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parts[0].dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.concatenate(self.parts, dtype=dtype)
 
 
 def read(path: Path) -> dict[str, Stored]:
@@ -61,7 +84,22 @@ def read(path: Path) -> dict[str, Stored]:
     }
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> None:
+def rows(stored: Stored, part: int, num_parts: int) -> Stored:
+    """One of so many equal parts of a stored tensor's first axis, still in the file."""
+    shape = (stored.shape[0] // num_parts, *stored.shape[1:])
+    return dataclasses.replace(
+        stored, shape=shape, _view=lambda tensor: np.split(tensor, num_parts)[part]
+    )
+
+
+def transposed(stored: Stored) -> Stored:
+    """A stored tensor's transpose, still in the file."""
+    return dataclasses.replace(stored, shape=stored.shape[::-1], _view=np.transpose)
+
+
+def write(
+    path: Path, tensors: Mapping[str, np.ndarray | Stacked], dtype: DTypeLike | None = None
+) -> None:
     """Write tensors (any strides, as `dtype` or as they are) the way torch's libraries do.
 
     Raises UserError, naming the tensor, when a finite weight does not fit in `dtype`.
@@ -86,8 +124,9 @@ def write(path: Path, tensors: Mapping[str, np.ndarray], dtype: DTypeLike | None
         os.fsync(file.fileno())
 
 
-def cast(tensor: np.ndarray, dtype: DTypeLike | None, what: str) -> np.ndarray:
+def cast(tensor: np.ndarray | Stacked, dtype: DTypeLike | None, what: str) -> np.ndarray:
     """`tensor` as `dtype` (None: its own), a C-contiguous copy. UserError on overflow."""
+    tensor = np.asarray(tensor)
     with np.errstate(over="ignore"):
         result = np.array(tensor, dtype=dtype, order="C")
     if result.dtype.itemsize < tensor.dtype.itemsize:

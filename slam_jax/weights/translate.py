@@ -56,25 +56,37 @@ def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...
     return tuple(shape)
 
 
+def torch_shapes(shapes: Mapping) -> dict[str, tuple[int, ...]]:
+    """The shapes in a torch file, by name, of the tree `shapes`."""
+    leaves = traverse_util.flatten_dict(shapes)
+    found = {names.torch_name(path): torch_shape(path, leaves[path].shape) for path in leaves}
+    assert len(found) == len(leaves), "two parameters have the same torch name"
+    return found
+
+
 def check(tensors: Mapping[str, Any], shapes: Mapping, source: str) -> None:
     """UserError unless `tensors` has exactly the names and shapes that the tree `shapes` needs."""
-    leaves = traverse_util.flatten_dict(shapes)
-    wanted = {names.torch_name(path): torch_shape(path, leaves[path].shape) for path in leaves}
-    assert len(wanted) == len(leaves), "two parameters have the same torch name"
+    compare(tensors, torch_shapes(shapes), source, _REMEDY)
+
+
+def compare(
+    tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], source: str, remedy: str
+) -> None:
+    """UserError, ending in `remedy`, unless `tensors` has exactly these names and shapes."""
     missing = sorted(wanted.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - wanted.keys())
     if missing:
-        raise UserError(f"{source} lacks tensor {missing[0]!r}{_and_more(missing)}; {_REMEDY}")
+        raise UserError(f"{source} lacks tensor {missing[0]!r}{_and_more(missing)}; {remedy}")
     if unknown:
         what = _describe(tensors[unknown[0]], unknown[0], source)
-        raise UserError(f"{what} is unknown{_and_more(unknown)}; {_REMEDY}")
+        raise UserError(f"{what} is unknown{_and_more(unknown)}; {remedy}")
     for name, shape in wanted.items():
         found = tuple(tensors[name].shape)
         as_convolution = names.is_vae_attention(name) and found == (*shape, 1, 1)
         if found != shape and not as_convolution:
             raise UserError(
                 f"{_describe(tensors[name], name, source)} has shape {list(found)}, "
-                f"config.json asks for {list(shape)}; {_REMEDY}"
+                f"config.json asks for {list(shape)}; {remedy}"
             )
 
 

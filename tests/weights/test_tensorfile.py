@@ -75,6 +75,37 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
     assert peak < 4 * tensors["0"].nbytes
 
 
+def test_rows_and_transposes_are_read_as_such(tmp_path):
+    tensorfile.write(tmp_path / "file", {"x": np.arange(12, dtype=np.float32).reshape(6, 2)})
+    stored = tensorfile.read(tmp_path / "file")["x"]
+    for tensor, expected in (
+        (tensorfile.rows(stored, 1, 3), [[4, 5], [6, 7]]),
+        (tensorfile.transposed(stored), [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]),
+    ):
+        assert tensor.shape == np.shape(expected) and tensor.name == "x"
+        np.testing.assert_array_equal(np.asarray(tensor), expected)
+        assert np.asarray(tensor, np.float16).dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_stacked_tensors_are_written_as_one(tmp_path, dtype):
+    parts = tuple(some_tensors()["a.weight"] + i for i in range(3))
+    stacked = tensorfile.Stacked(parts)
+    tensorfile.write(tmp_path / "file", {"x": stacked}, dtype)
+    read = safetensors.torch.load_file(tmp_path / "file")["x"]
+    expected = torch.cat([torch.from_numpy(part) for part in parts])
+    assert (
+        torch.equal(read, expected.to(read.dtype)) and str(read.dtype)[6:] == np.dtype(dtype).name
+    )
+    assert stacked.shape == expected.shape and stacked.size == expected.numel()
+    with pytest.raises(UserError, match="'x' holds 70000.0, too large for float16"):
+        tensorfile.write(
+            tmp_path / "file",
+            {"x": tensorfile.Stacked((parts[0], 7e4 * parts[0] ** 0))},
+            np.float16,
+        )
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
