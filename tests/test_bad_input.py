@@ -110,7 +110,9 @@ def _config_files(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     return cases
 
 
-def _folders(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[list[str], str]]:
+def _folders(
+    folder: pathlib.Path, model: pathlib.Path, sdxl: pathlib.Path
+) -> dict[str, tuple[list[str], str]]:
     """Model folders that cannot be used, and work folders."""
 
     def copy(name):
@@ -123,9 +125,13 @@ def _folders(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[list[
     for name, file, key, value in (
         ("other_pipeline", "model_index.json", "_class_name", "FluxPipeline"),
         ("student", "unet/config.json", "time_cond_proj_dim", 8),
+        ("inpainting", "unet/config.json", "in_channels", 9),
+        ("latents", "vae/config.json", "latent_channels", 16),
+        ("text_width", "text_encoder/config.json", "hidden_size", 8),
     ):
         path = copy(name) / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    shutil.rmtree(shutil.copytree(sdxl, folder / "one_encoder") / "text_encoder_2")
     flow = copy("flow") / "scheduler" / "scheduler_config.json"
     flow.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}')
     (folder / "file").touch()
@@ -134,6 +140,10 @@ def _folders(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[list[
         "without": r"no diffusion_pytorch_model\.safetensors",
         "other_pipeline": "FluxPipeline",
         "student": "cond_proj",
+        "inpainting": r"in_channels 9 \(9 are an inpainting model's\).*latent_channels are 4",
+        "latents": "in_channels 4, .*latent_channels are 16",
+        "text_width": "8 wide .*cross_attention_dim is 16",
+        "one_encoder": "cannot read .*/one_encoder/text_encoder_2/config.json",
         "flow": "FlowMatchEulerDiscreteScheduler",
     }
     cases = {name: ([f"--config.teacher.folder={folder / name}"], said[name]) for name in said}
@@ -160,7 +170,7 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, tiny_folder):
+def answers(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
     """Name -> (status, stderr, devices touched, what stderr should say)."""
     folder = tmp_path_factory.mktemp("bad_input")
     good = [
@@ -169,7 +179,7 @@ def answers(tmp_path_factory, tiny_folder):
     ]  # fmt: skip
     cases = {
         name: ([*good, *extra], said)
-        for name, (extra, said) in _folders(folder, tiny_folder).items()
+        for name, (extra, said) in _folders(folder, tiny_folder, tiny_sdxl_folder).items()
     }
     cases |= {
         name: ([*good, *extra], said) for name, (extra, said) in (VALUES | LATE_VALUES).items()
