@@ -45,12 +45,10 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             source="shapes2d",
-            path="",
             size=32,
             num_images=100_000,
             seed=1,
             num_threads=1,
-            num_prefetch=2,
         )  # fmt: skip
     )
     config.eval = ConfigDict(
@@ -66,7 +64,6 @@ def get_config() -> ConfigDict:
             student_steps=4,
             judge="assets/tiny_sd/classifier",
             num_images=256,
-            batch_size=128,
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))

@@ -21,6 +21,7 @@ from slam_jax.weights import pretrained, templates, tensorfile, translate
 
 TEACHER_STEPS = (50, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
+_BATCH_SIZE = 128  # images drawn at a time
 _SHOWN = 8  # prompts in final.png
 _REFERENCE = 4000  # real drawings behind the Frechet distance
 
@@ -89,7 +90,7 @@ def report(
 
     rows, shown = [], []
     for name, calls, sample in samplers:
-        drawn = _in_batches(partial(sample, null_text), text, noise, settings.eval.batch_size)
+        drawn = _in_batches(partial(sample, null_text), text, noise, _BATCH_SIZE)
         features, logits = jax.device_get(judge.apply(drawn))
         distance = fid.frechet_distance(fid.fit(features), judge.reference)
         rows.append(Row(name, calls, distance, prompt_accuracy.prompt_accuracy(logits, labels)))

@@ -51,13 +51,11 @@ class Optimizer(NamedTuple):
 class Data(NamedTuple):
     """Captioned images."""
 
-    source: str  # shapes2d, or folder: pictures with captions in .txt files or metadata.jsonl
-    path: str  # of the folder; "" for shapes2d
+    source: str  # shapes2d, or a folder of captioned pictures (data/sources.py)
     size: int  # pixels
     num_images: int  # of shapes2d; of a folder at most so many
     seed: int
     num_threads: int  # that make batches ahead of time; 0 makes each when it is needed
-    num_prefetch: int  # batches held ready
 
 
 class Eval(NamedTuple):
@@ -69,7 +67,6 @@ class Eval(NamedTuple):
     student_steps: int
     judge: str  # folder of the classifier of shapes2d, for the table at the end; "" for no table
     num_images: int  # of each row of the table
-    batch_size: int  # of those, drawn at a time
 
 
 class Checkpoint(NamedTuple):
@@ -114,15 +111,14 @@ class Settings(NamedTuple):
 _GROUPS = (Teacher, Student, Distill, Optimizer, Data, Eval, Checkpoint, Log, Mesh)
 
 # May differ when a run is resumed: they do not touch what is learnt.
-FREE = ("num_steps", "eval", "checkpoint", "log", "data.num_threads", "data.num_prefetch")
+FREE = ("num_steps", "eval", "checkpoint", "log", "data.num_threads")
 
 _AT_LEAST_ONE = (
     "num_steps", "batch_size", "accumulate", "distill.num_subpaths", "data.num_images",
     "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
-    "eval.batch_size", "checkpoint.every_steps",
-    "checkpoint.keep", "log.every_steps",
+    "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "data.seed", "data.num_threads", "data.num_prefetch")
+_AT_LEAST_ZERO = ("seed", "data.seed", "data.num_threads")
 
 
 def from_config(config: Mapping[str, Any]) -> Settings:

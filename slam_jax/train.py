@@ -17,7 +17,7 @@ from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, optimizer, state, step
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder, images, log, mesh
-from slam_jax.settings import FREE, Distill, Settings, as_dict
+from slam_jax.settings import FREE, Data, Distill, Settings, as_dict
 from slam_jax.weights import pretrained
 from slam_jax.weights import student as student_folder
 
@@ -41,8 +41,8 @@ TIMES = {
 COND_PROJ = {"random": pipeline.random_cond_proj, "zero": pipeline.zero_cond_proj}
 SOURCES = {
     "shapes2d": lambda data: shapes2d.Shapes2D(data.size, data.num_images, data.seed),
-    "folder": lambda data: sources.ImageFolder(Path(data.path), data.size, data.num_images),
 }
+_NUM_PREFETCH = 4  # batches held ready
 
 
 def train(settings: Settings, workdir: Path) -> None:
@@ -98,7 +98,7 @@ def train(settings: Settings, workdir: Path) -> None:
 
         feed = batches.iterate(
             dataset, done,
-            num_threads=settings.data.num_threads, num_prefetch=settings.data.num_prefetch,
+            num_threads=settings.data.num_threads, num_prefetch=_NUM_PREFETCH,
         )  # fmt: skip
         with (
             log.started(workdir, done, progress) as journal,
@@ -166,9 +166,13 @@ def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
     return make(*map(float, numbers))
 
 
+def _image_folder(data: Data) -> sources.ImageFolder:
+    return sources.ImageFolder(Path(data.source), data.size, data.num_images)
+
+
 def _dataset(settings: Settings, tokens: text_inputs.Tokenizers):
     data = settings.data
-    source = _choose(SOURCES, "data.source", data.source)(data)
+    source = SOURCES.get(data.source, _image_folder)(data)
     return batches.batches(
         source, batch_size=settings.batch_size, seed=settings.seed,
         transform=partial(batches.decode, tokens),

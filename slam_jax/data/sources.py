@@ -27,9 +27,9 @@ class ImageFolder:
 
     def __post_init__(self):
         if not self.path.is_dir():
-            raise UserError(f"data.path={str(self.path)!r} is no folder; {_LAYOUT}")
+            raise UserError(f"data.source={str(self.path)!r} is no folder, nor shapes2d; {_LAYOUT}")
         if not self._examples:
-            raise UserError(f"data.path={str(self.path)!r} holds no {', '.join(_SUFFIXES)} file")
+            raise UserError(f"data.source={str(self.path)!r} holds no {', '.join(_SUFFIXES)} file")
 
     def __len__(self) -> int:
         return len(self._examples)
