@@ -12,10 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from slam_jax import command, settings
+from slam_jax import command, pipeline, settings
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder
-from slam_jax.weights import card, fold, pretrained, single_file, templates
+from slam_jax.weights import card, pretrained, single_file, templates
 from slam_jax.weights import student as student_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
@@ -24,7 +24,7 @@ _FORMAT = flags.DEFINE_enum(
 )
 _OUT = flags.DEFINE_string("out", None, "Folder, or File.safetensors for single-file.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float16", ("float16", "bfloat16", "float32"), "Of the weights in the files."
+    "dtype", student_folder.DTYPES[0], student_folder.DTYPES, "Of the weights in the files."
 )
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "ema", ("ema", "online"), "The average over steps, or the last step's."
@@ -42,7 +42,7 @@ def main() -> None:
     teacher = pretrained.read(config.teacher.folder, variant=config.teacher.variant or None)
     step, unet = _read_unet(workdir, teacher.unet, config, _STATE[_WEIGHTS.value])
     if _FORMAT.value != "diffusers":
-        unet = fold.fold_gamma(unet)
+        unet = pipeline.fold_gamma(unet)
     model = student_folder.student(
         teacher, unet, original_inference_steps=config.distill.num_subpaths
     )

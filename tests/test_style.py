@@ -269,7 +269,7 @@ BELOW = {
     "weights": ZERO | {"nets"},
     "pipeline": ZERO | {"diffusion", "nets", "distill", "weights"},
 }
-DRIVERS = ("train", "sample", "evaluate")
+DRIVERS = ("train", "sample", "evaluate", "export")
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
 BELOW["train"] = BELOW["train"] | {"evaluate"}  # a run ends with the table
 BELOW["main"] = set(BELOW) - {"__init__"}

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+from slam_jax.errors import UserError
+
+# What CheckpointManager calls the only item that it saves.
+_ITEM = "default"
 
 
 def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
@@ -31,6 +37,31 @@ def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any, shardings:
         shardings,
     )
     return checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+
+
+def restore_part(folder: Path, step: int, part: str, like: Any) -> Any:
+    """One field of the state saved at `step`, as numpy arrays; nothing else is read.
+
+    like: its tree. UserError if the checkpoint's field has another.
+    """
+    numpy_arrays = ocp.RestoreArgs(restore_type=np.ndarray)
+    wanted = {part: jax.tree.map(lambda _: 0, like)}
+    args = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=jax.tree.map(lambda _: numpy_arrays, wanted),
+        partial_restore=True,
+    )
+    path = folder.absolute() / str(step) / _ITEM
+    with ocp.PyTreeCheckpointer() as reader:
+        try:
+            found = reader.restore(path, args=args)[part]
+        except (OSError, ValueError, KeyError) as error:
+            line = str(error).partition("\n")[0]
+            raise UserError(f"cannot read {part} of {path} ({line}); copy it again") from None
+    shapes = jax.tree.map(lambda a, b: a.shape == b.shape, found, like)
+    if not all(jax.tree.leaves(shapes)):
+        raise UserError(f"{path} is of another network than the run's teacher; restore that one")
+    return found
 
 
 def latest(folder: Path) -> int | None:

@@ -47,8 +47,8 @@ def card(
             "```python", _USAGE.format(dtype=dtype), "```", "",
             f"- Weights: {weights}, after {step} updates of batch {settings['batch_size']}",
             f"- Guidance in training: guidance_scale {distill['w'] + 1:g} (w = {distill['w']:g})",
-            f"- Data: {data['source']} {data['path']}, {data['size']} pixels",
-            f"- Licence of the base model: {base_license or 'not stated in its folder; look it up'}",
+            f"- Data: {data['source']}, {data['size']} pixels",
+            f"- Licence of the base model: {base_license or 'look it up, its folder names none'}",
             "", "Every setting of the run:", "", "```", *_lines(settings), "```", "",
         ]
     )  # fmt: skip

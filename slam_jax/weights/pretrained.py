@@ -145,20 +145,26 @@ def write(
     *,
     dtype: DTypeLike | None = None,
     variant: str | None = None,
+    readme: str | None = None,
 ) -> None:
     """Write what `read` reads and diffusers' StableDiffusion(XL)Pipeline.from_pretrained loads.
 
-    dtype: of the weights in the files; None writes them as they are. An existing model folder
-    is replaced, at once and only when the new one is complete; any other folder is refused.
+    dtype: of the weights in the files; None writes them as they are. readme: the model card. An
+    existing model folder is replaced, at once and only when the new one is complete; any other
+    folder is refused. A write that fails leaves nothing behind.
     """
     root = Path(folder).absolute()
     partial, replaced = (root.with_name(f".{root.name}.{word}") for word in ("partial", "replaced"))
     try:
         if root.exists() and not (root / "model_index.json").is_file() and any(root.iterdir()):
             raise UserError(f"{root} exists and is not a model folder; choose another, or empty it")
+        if replaced.exists() and not root.exists():
+            replaced.rename(root)  # a write was killed between the two renames below
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_all(partial, pretrained, dtype, variant)
+        if readme is not None:
+            (partial / "README.md").write_text(readme, encoding="utf-8")
         shutil.rmtree(replaced, ignore_errors=True)
         if root.exists():
             root.rename(replaced)
@@ -168,6 +174,8 @@ def write(
         raise UserError(
             f"cannot write {root}: {error.strerror or error}; choose a folder that can be written"
         ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_all(

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 
 from slam_jax.weights import pretrained
 
+# What the weights of a student may be written as; the first is what most programs expect.
+DTYPES = ("float16", "bfloat16", "float32")
+
 # What LCMScheduler knows and would take from a teacher's scheduler, and its defaults.
 _LCM_DEFAULTS = {
     "num_train_timesteps": 1000,
