@@ -6,7 +6,7 @@ where LCM's own script draws it from [5, 15] and feeds it to the student; learni
 No run of this config has been measured yet, so no hours are given.
 
     python -m slam_jax.main --config configs/lcm_sd15.py --workdir runs/lcm_sd15 \
-        --config.data.path=FOLDER
+        --config.data.source=FOLDER
 """
 
 from ml_collections import ConfigDict
@@ -60,11 +60,8 @@ def get_config() -> ConfigDict:
         )
     )
     config.data = ConfigDict(
-        dict(
-            source="folder", path="", size=512, num_images=10**9, seed=0, num_threads=16,
-            num_prefetch=4,
-        )
-    )  # fmt: skip
+        dict(source="FOLDER", size=512, num_images=10**9, seed=0, num_threads=16)
+    )
     config.eval = ConfigDict(
         dict(
             every_steps=500,
@@ -78,7 +75,6 @@ def get_config() -> ConfigDict:
             student_steps=4,
             judge="",
             num_images=256,
-            batch_size=16,
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))

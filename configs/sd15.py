@@ -7,7 +7,7 @@ and 6,000 updates are those of the same authors' later run on 8 GPUs (arXiv 2504
 README names CC12M; here, a folder of your own captioned pictures.
 No run of this config has been measured yet, so no hours are given.
 
-    python -m slam_jax.main --config configs/sd15.py --workdir runs/sd15 --config.data.path=FOLDER
+    python -m slam_jax.main --config configs/sd15.py --workdir runs/sd15 --config.data.source=FOLDER
 """
 
 from ml_collections import ConfigDict
@@ -61,11 +61,8 @@ def get_config() -> ConfigDict:
         )
     )
     config.data = ConfigDict(
-        dict(
-            source="folder", path="", size=512, num_images=10**9, seed=0, num_threads=16,
-            num_prefetch=4,
-        )
-    )  # fmt: skip
+        dict(source="FOLDER", size=512, num_images=10**9, seed=0, num_threads=16)
+    )
     config.eval = ConfigDict(
         dict(
             every_steps=500,
@@ -79,7 +76,6 @@ def get_config() -> ConfigDict:
             student_steps=4,
             judge="",
             num_images=256,
-            batch_size=16,
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))

@@ -6,7 +6,7 @@ Outputs are converted to epsilon and x_0 before the solver, and on the sub-path 
 counts the lower noise level (slam_jax/diffusion/parameterization.py).
 No run of this config has been measured yet, so no hours are given.
 
-    python -m slam_jax.main --config configs/sd21.py --workdir runs/sd21 --config.data.path=FOLDER
+    python -m slam_jax.main --config configs/sd21.py --workdir runs/sd21 --config.data.source=FOLDER
 """
 
 from ml_collections import ConfigDict
@@ -60,11 +60,8 @@ def get_config() -> ConfigDict:
         )
     )
     config.data = ConfigDict(
-        dict(
-            source="folder", path="", size=768, num_images=10**9, seed=0, num_threads=16,
-            num_prefetch=4,
-        )
-    )  # fmt: skip
+        dict(source="FOLDER", size=768, num_images=10**9, seed=0, num_threads=16)
+    )
     config.eval = ConfigDict(
         dict(
             every_steps=500,
@@ -78,7 +75,6 @@ def get_config() -> ConfigDict:
             student_steps=4,
             judge="",
             num_images=256,
-            batch_size=16,
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))

@@ -5,11 +5,10 @@ half precision), but neither its training code nor its settings. So: rank 64 on 
 LCM-LoRA and learning rate 1e-4, as diffusers' LCM-LoRA script for SDXL has them; w = 8
 (guidance_scale 9), sub-paths of 20, uniform gamma and EMA 0.95 as in the released SPLAM script. The
 gamma layer, which a LoRA file cannot hold, is trained centred and left out (lora_student in
-slam_jax/pipeline.py).
-No run of this config has been measured yet, so no hours are given.
+slam_jax/pipeline.py). No run of this config has been measured, so no hours are given.
 
     python -m slam_jax.main --config configs/sdxl_lora.py --workdir runs/sdxl_lora \
-        --config.data.path=FOLDER
+        --config.data.source=FOLDER
 """
 
 from ml_collections import ConfigDict
@@ -40,9 +39,16 @@ def get_config() -> ConfigDict:
                 rank=64,
                 alpha=64.0,
                 targets=(
-                    r"to_[qkv]", r"to_out\.0", r"proj_(in|out)", r"ff\.net\.0\.proj", r"ff\.net\.2",
-                    r"conv[12]", r"conv_shortcut", r"(down|up)samplers\.0\.conv", r"time_emb_proj",
-                ),
+                    "to_[qkv]",
+                    r"to_out\.0",
+                    "proj_(in|out)",
+                    r"ff\.net\.0\.proj",
+                    r"ff\.net\.2",
+                    "conv[12]",
+                    "conv_shortcut",
+                    r"(down|up)samplers\.0\.conv",
+                    "time_emb_proj",
+                ),  # fmt: skip
             ),
         )
     )
@@ -70,11 +76,8 @@ def get_config() -> ConfigDict:
         )
     )
     config.data = ConfigDict(
-        dict(
-            source="folder", path="", size=1024, num_images=10**9, seed=0, num_threads=16,
-            num_prefetch=4,
-        )
-    )  # fmt: skip
+        dict(source="FOLDER", size=1024, num_images=10**9, seed=0, num_threads=16)
+    )
     config.eval = ConfigDict(
         dict(
             every_steps=500,
@@ -88,7 +91,6 @@ def get_config() -> ConfigDict:
             student_steps=4,
             judge="",
             num_images=256,
-            batch_size=16,
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))
