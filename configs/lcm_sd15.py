@@ -22,8 +22,10 @@ def get_config() -> ConfigDict:
 
     config.teacher = ConfigDict(
         dict(
-            folder="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision="",
             variant="",
+            config="",
             dtype="bfloat16",
         )
     )
@@ -59,9 +61,7 @@ def get_config() -> ConfigDict:
             eps=1e-8,
         )
     )
-    config.data = ConfigDict(
-        dict(source="FOLDER", size=512, num_images=10**9, seed=0, num_threads=16)
-    )
+    config.data = ConfigDict(dict(source="FOLDER", size=512, num_images=10**9, num_threads=16))
     config.eval = ConfigDict(
         dict(
             every_steps=500,

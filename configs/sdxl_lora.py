@@ -24,8 +24,10 @@ def get_config() -> ConfigDict:
 
     config.teacher = ConfigDict(
         dict(
-            folder="stabilityai/stable-diffusion-xl-base-1.0",
+            model="stabilityai/stable-diffusion-xl-base-1.0",
+            revision="",
             variant="",
+            config="",
             dtype="bfloat16",
         )
     )
@@ -75,9 +77,7 @@ def get_config() -> ConfigDict:
             eps=1e-8,
         )
     )
-    config.data = ConfigDict(
-        dict(source="FOLDER", size=1024, num_images=10**9, seed=0, num_threads=16)
-    )
+    config.data = ConfigDict(dict(source="FOLDER", size=1024, num_images=10**9, num_threads=16))
     config.eval = ConfigDict(
         dict(
             every_steps=500,

@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.accumulate = 1
     config.ema_rate = 0.95
 
-    config.teacher = ConfigDict(dict(folder="assets/tiny_sd", variant="", dtype="float32"))
+    config.teacher = ConfigDict(
+        dict(model="assets/tiny_sd", revision="", variant="", config="", dtype="float32")
+    )
     config.student = ConfigDict(dict(dtype="float32", remat=False, cond_proj="zero", gamma_dim=256))
     config.distill = ConfigDict(
         dict(
@@ -47,7 +49,6 @@ def get_config() -> ConfigDict:
             source="shapes2d",
             size=32,
             num_images=100_000,
-            seed=1,
             num_threads=1,
         )  # fmt: skip
     )

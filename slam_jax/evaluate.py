@@ -80,7 +80,7 @@ def report(
     if not settings.eval.judge:
         return f"the student is in {workdir / 'student'}"
     # Other drawings than the training's, of the same 9,216 captions.
-    size, seed = settings.data.size, settings.data.seed
+    size, seed = settings.data.size, settings.seed + 1
     judge = make_judge(judge_params(settings), size, seed + 2)
     held_out = shapes2d.Shapes2D(size, settings.eval.num_images, seed + 1)
     captions = [held_out.scene(i)[0].caption() for i in range(len(held_out))]
@@ -110,10 +110,10 @@ def _samplers(teacher, student, settings: Settings) -> Iterator[tuple[str, int, 
     frozen_dtype = pipeline.dtype(settings.teacher.dtype)
     decode = pipeline.decode(teacher.vae.config, frozen_dtype)
     shared = (decode, levels, prediction)
-    vae_params = jax.device_put(teacher.vae.params)
+    vae_params = _here(teacher.vae.params)
 
     net, params = pipeline.teacher(teacher.unet.config, frozen_dtype), teacher.unet.params
-    params = jax.device_put(params)
+    params = _here(params)
     for steps in TEACHER_STEPS:
         ddim = pipeline.ddim(net, *shared, steps, settings.distill.num_subpaths, settings.distill.w)
         run = partial(_teacher_rows, jax.jit(ddim), params, vae_params)
@@ -121,11 +121,16 @@ def _samplers(teacher, student, settings: Settings) -> Iterator[tuple[str, int, 
 
     student_dtype = pipeline.dtype(settings.student.dtype)
     net, params = pipeline.student(student.unet.config, student_dtype, False), student.unet.params
-    params = jax.device_put(params)
+    params = _here(params)
     for steps in STUDENT_STEPS:
         few_step = pipeline.few_step(net, *shared, steps, settings.distill.num_subpaths)
         run = partial(_student_rows, jax.jit(few_step), params, vae_params, steps)
         yield f"student, {steps} step{'s' * (steps > 1)}", steps, run
+
+
+def _here(params: Any) -> Any:
+    """The parameters whole on one device, wherever training spread them."""
+    return jax.device_put(params, jax.local_devices()[0])
 
 
 def _teacher_rows(ddim, params, vae_params, null_text, text, noise):
@@ -141,7 +146,7 @@ def _inputs(teacher, captions: list[str], settings: Settings) -> tuple[Any, Any,
     """Text of the captions and of the empty prompt, and noise [steps, N, h, w, C] for all rows."""
     tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
     image_size = (settings.data.size, settings.data.size)
-    params, captions_encoded, empty = jax.device_put(
+    params, captions_encoded, empty = _here(
         (
             pipeline.text_params(teacher),
             tokens.encode(captions, image_size),

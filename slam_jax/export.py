@@ -15,14 +15,17 @@ from absl import flags
 from slam_jax import command, pipeline, settings
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder
-from slam_jax.weights import card, pretrained, single_file, templates
+from slam_jax.weights import card, hub, pretrained, single_file, templates
 from slam_jax.weights import student as student_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
 _FORMAT = flags.DEFINE_enum(
     "format", "diffusers", ("diffusers", "diffusers-folded", "single-file"), "What to write."
 )
-_OUT = flags.DEFINE_string("out", None, "Folder, or File.safetensors for single-file.")
+# Other programs have a flag of that name.
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder, or File.safetensors for single-file.", allow_override=True
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype", student_folder.DTYPES[0], student_folder.DTYPES, "Of the weights in the files."
 )
@@ -39,7 +42,8 @@ def main() -> None:
     workdir, out = Path(_WORKDIR.value), Path(_OUT.value)
     _check_out(out, _FORMAT.value, _OVERWRITE.value)
     config = _read_settings(workdir)
-    teacher = pretrained.read(config.teacher.folder, variant=config.teacher.variant or None)
+    base = config.teacher
+    teacher = pretrained.load(hub.find(base.model, base.revision, base.variant, base.config))
     step, unet = _read_unet(workdir, teacher.unet, config, _STATE[_WEIGHTS.value])
     if _FORMAT.value != "diffusers":
         unet = pipeline.fold_gamma(unet)
@@ -50,8 +54,8 @@ def main() -> None:
         single_file.write(out, model, dtype=_DTYPE.value)
     else:
         readme = card.card(
-            base=config.teacher.folder,
-            base_license=card.license_of(Path(config.teacher.folder)),
+            base=base.model,
+            base_license=card.license_of(teacher.tokenizer.parent),
             step=step,
             weights=_WEIGHTS.value,
             settings=settings.as_dict(config),

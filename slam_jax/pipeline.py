@@ -167,6 +167,18 @@ def zero_cond_proj(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarr
     return np.zeros(shape, np.float32)
 
 
+def student_config(teacher_config: Mapping, gamma_dim: int) -> dict:
+    """The config of the teacher's UNet, taking a gamma embedding of that width."""
+    if is_student(teacher_config):
+        raise UserError(
+            f"the teacher's UNet has time_cond_proj_dim {teacher_config['time_cond_proj_dim']}: it "
+            "is a few-step student already; give the model that it was distilled from"
+        )
+    if gamma_dim < 4 or gamma_dim % 2:
+        raise UserError(f"student.gamma_dim {gamma_dim} must be even and at least 4, such as 256")
+    return {**teacher_config, "time_cond_proj_dim": gamma_dim}
+
+
 def student_of(
     teacher: pretrained.Component,
     gamma_dim: int,
@@ -174,20 +186,13 @@ def student_of(
     rng: np.random.Generator,
 ) -> pretrained.Component:
     """The teacher's UNet with a new, first guess of the layer that takes the gamma embedding."""
-    if is_student(teacher.config):
-        raise UserError(
-            f"the teacher's UNet has time_cond_proj_dim {teacher.config['time_cond_proj_dim']}: it "
-            "is a few-step student already; give the model that it was distilled from"
-        )
-    if gamma_dim < 4 or gamma_dim % 2:
-        raise UserError(f"student.gamma_dim {gamma_dim} must be even and at least 4, such as 256")
     channels = teacher.params["conv_in"]["kernel"].shape[-1]
     time_embedding = {
         **teacher.params["time_embedding"],
         "cond_proj": {"kernel": cond_proj(rng, (gamma_dim, channels))},
     }
     return teacher._replace(
-        config={**teacher.config, "time_cond_proj_dim": gamma_dim},
+        config=student_config(teacher.config, gamma_dim),
         params={**teacher.params, "time_embedding": time_embedding},
     )
 

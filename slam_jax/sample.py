@@ -25,10 +25,17 @@ from slam_jax.errors import UserError
 from slam_jax.nets import unet
 from slam_jax.runtime import folder, images, log, mesh
 from slam_jax.shapes import PRNGKey
-from slam_jax.weights import pretrained
+from slam_jax.weights import hub, pretrained
 
-_MODEL = flags.DEFINE_string("model", None, "Model folder in diffusers' layout.")
-_VARIANT = flags.DEFINE_string("variant", None, "fp16 for files *.fp16.safetensors.")
+_MODEL = flags.DEFINE_string(
+    "model", None,
+    "Model folder in diffusers' layout, ORG/NAME on the Hugging Face hub, or a single file.",
+)  # fmt: skip
+_REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit on the hub.")
+_VARIANT = flags.DEFINE_string("variant", "", "fp16 for files *.fp16.safetensors.")
+_CONFIG = flags.DEFINE_string(
+    "model_config", "", "For a single file: folder or ORG/NAME with its configs and tokenizer."
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, instead of --prompt.")
 _STEPS = flags.DEFINE_integer("steps", None, "Network calls per image: 4 for students, else 50.")
@@ -47,6 +54,7 @@ _OUT = flags.DEFINE_string(
     "out", None,
     "File.png, a grid; File.npy, [B, H, W, 3] float32 in [0, 1]; or a folder, for a numbered PNG "
     "per prompt with the settings in its text chunk.",
+    allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
 
 _BATCH_SIZE = 16  # on each device
@@ -64,7 +72,8 @@ def main() -> None:
         raise UserError(f"--out {out} must end in .png or .npy, or name a folder")
     folder.check_writable(out if out.suffix == "" else out.parent)
     prompts = _read_prompts(_PROMPT.value, _PROMPTS.value)
-    model = pretrained.read(_MODEL.value, variant=_VARIANT.value)
+    given = (_MODEL, _REVISION, _VARIANT, _CONFIG)
+    model = pretrained.load(hub.find(*(flag.value for flag in given)))
     is_student = pipeline.is_student(model.unet.config)
     if is_student and _W.value is not None:
         raise UserError(f"--w {_W.value}: a student's guidance was fixed in training; leave it out")
@@ -255,8 +264,8 @@ def _save(
 
 def _settings(number: int, prompt: str, steps: int) -> str:
     """What would draw picture `number` again, as JSON."""
-    given = (_MODEL, _VARIANT, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
-    values = {flag.name: flag.value for flag in given if flag.value is not None}
+    given = (_MODEL, _REVISION, _VARIANT, _CONFIG, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
+    values = {flag.name: flag.value for flag in given if flag.value not in (None, "")}
     return json.dumps({"prompt": prompt, "number": number, "steps": steps, **values})
 
 

@@ -9,8 +9,10 @@ from slam_jax.errors import UserError
 class Teacher(NamedTuple):
     """The model to distil."""
 
-    folder: str  # in diffusers' layout
+    model: str  # a folder in diffusers' layout, ORG/NAME on the Hugging Face hub, or a single file
+    revision: str  # branch, tag or commit on the hub; "" for main
     variant: str  # "fp16" for files *.fp16.safetensors, "" for the plain ones
+    config: str  # of a single file only: the folder or ORG/NAME with its configs and tokenizer
     dtype: str  # in which teacher, VAE and text encoder compute: float32 or bfloat16
 
 
@@ -54,7 +56,6 @@ class Data(NamedTuple):
     source: str  # shapes2d, or a folder of captioned pictures (data/sources.py)
     size: int  # pixels
     num_images: int  # of shapes2d; of a folder at most so many
-    seed: int
     num_threads: int  # that make batches ahead of time; 0 makes each when it is needed
 
 
@@ -118,7 +119,7 @@ _AT_LEAST_ONE = (
     "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
     "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "data.seed", "data.num_threads")
+_AT_LEAST_ZERO = ("seed", "data.num_threads")
 
 
 def from_config(config: Mapping[str, Any]) -> Settings:

@@ -18,7 +18,7 @@ from slam_jax.distill import gamma, loss, optimizer, state, step
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder, images, log, mesh
 from slam_jax.settings import FREE, Data, Distill, Settings, as_dict
-from slam_jax.weights import pretrained
+from slam_jax.weights import hub, pretrained
 from slam_jax.weights import student as student_folder
 
 # Names in a config -> what they stand for; those with numbers after the name are called with them.
@@ -40,7 +40,7 @@ TIMES = {
 }
 COND_PROJ = {"random": pipeline.random_cond_proj, "zero": pipeline.zero_cond_proj}
 SOURCES = {
-    "shapes2d": lambda data: shapes2d.Shapes2D(data.size, data.num_images, data.seed),
+    "shapes2d": lambda data, seed: shapes2d.Shapes2D(data.size, data.num_images, seed + 1),
 }
 _NUM_PREFETCH = 4  # batches held ready
 
@@ -53,13 +53,15 @@ def train(settings: Settings, workdir: Path) -> None:
     mesh.check_rules(**settings.mesh._asdict())
     if settings.eval.judge:
         evaluate.judge_params(settings)
-    teacher = pretrained.read(settings.teacher.folder, variant=settings.teacher.variant or None)
+    teacher = hub.find(
+        settings.teacher.model, settings.teacher.revision, settings.teacher.variant,
+        settings.teacher.config,
+    )  # fmt: skip
     cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
-    rng = np.random.default_rng(settings.seed)
-    student = pipeline.student_of(teacher.unet, settings.student.gamma_dim, cond_proj, rng)
+    student_config = pipeline.student_config(teacher.unet.config, settings.student.gamma_dim)
     tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
     dataset = _dataset(settings, tokens)
-    nets = _nets(settings, teacher, student)
+    nets = _nets(settings, teacher, student_config)
     adamw = optimizer.adamw(**settings.optimizer._asdict())
     method = _method(settings.distill, teacher.scheduler)
     devices = mesh.make(settings.mesh.axes)
@@ -71,6 +73,9 @@ def train(settings: Settings, workdir: Path) -> None:
             everywhere = mesh.replicated(devices)
             key = jax.device_put(jax.random.key(settings.seed), everywhere)
             train_key, samples_key = jax.random.split(key)
+            teacher = pretrained.load(teacher, place=mesh.placer(devices, settings.mesh.rules))
+            rng = np.random.default_rng(settings.seed)
+            student = pipeline.student_of(teacher.unet, settings.student.gamma_dim, cond_proj, rng)
             frozen = _frozen(settings, teacher, tokens, everywhere)
             draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
 
@@ -166,27 +171,26 @@ def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
     return make(*map(float, numbers))
 
 
-def _image_folder(data: Data) -> sources.ImageFolder:
+def _image_folder(data: Data, seed: int) -> sources.ImageFolder:
+    del seed
     return sources.ImageFolder(Path(data.source), data.size, data.num_images)
 
 
 def _dataset(settings: Settings, tokens: text_inputs.Tokenizers):
     data = settings.data
-    source = SOURCES.get(data.source, _image_folder)(data)
+    source = SOURCES.get(data.source, _image_folder)(data, settings.seed)
     return batches.batches(
         source, batch_size=settings.batch_size, seed=settings.seed,
         transform=partial(batches.decode, tokens),
     )  # fmt: skip
 
 
-def _nets(
-    settings: Settings, teacher: pretrained.Pretrained, student: pretrained.Component
-) -> step.Nets:
+def _nets(settings: Settings, teacher: pretrained.Pretrained, student_config: dict) -> step.Nets:
     frozen_dtype = pipeline.dtype(settings.teacher.dtype)
     pipeline.latent_shape(teacher, settings.data.size)
     return step.Nets(
         student=pipeline.student(
-            student.config, pipeline.dtype(settings.student.dtype), settings.student.remat
+            student_config, pipeline.dtype(settings.student.dtype), settings.student.remat
         ),
         teacher=pipeline.teacher(teacher.unet.config, frozen_dtype),
         encode_image=pipeline.encode_image(teacher.vae.config, frozen_dtype),
@@ -215,19 +219,12 @@ def _method(distill: Distill, scheduler: dict) -> loss.Method:
 def _frozen(
     settings: Settings, teacher: pretrained.Pretrained, tokens: text_inputs.Tokenizers, everywhere
 ) -> state.Frozen:
-    unet, vae, text_encoder, empty = jax.device_put(
-        (
-            teacher.unet.params,
-            teacher.vae.params,
-            pipeline.text_params(teacher),
-            tokens.encode([""], _image_size(settings)),
-        ),
-        everywhere,
-    )
+    empty = jax.device_put(tokens.encode([""], _image_size(settings)), everywhere)
     encode = pipeline.encode_null_text(teacher, pipeline.dtype(settings.teacher.dtype))
+    text_encoder = pipeline.text_params(teacher)
     # SDXL's zeros depend on no argument, so that nothing else would tell where they lie.
     null_text = jax.jit(encode, out_shardings=everywhere)(text_encoder, empty)
-    return state.Frozen(unet, vae, text_encoder, null_text)
+    return state.Frozen(teacher.unet.params, teacher.vae.params, text_encoder, null_text)
 
 
 def _image_size(settings: Settings) -> tuple[int, int]:

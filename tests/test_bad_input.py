@@ -49,7 +49,7 @@ VALUES = {
     "stray_word": (["resume"], "'resume'"),
     "not_positive": (["--config.num_steps=0"], r"config\.num_steps=0 must be at least 1"),
     "ema_rate": (["--config.ema_rate=1.0"], r"config\.ema_rate=1\.0 .*\[0, 1\)"),
-    "no_folder": (["--config.teacher.folder=/no/such"], "/no/such.*hf download"),
+    "no_folder": (["--config.teacher.model=/no/such"], "no folder /no/such; .*ORG/NAME"),
     "dtype": (["--config.student.dtype=int8"], "'int8'.*float32, bfloat16"),
     "cond_proj": (["--config.student.cond_proj=ones"], "'ones'.*random, zero"),
     "gamma_dim": (["--config.student.gamma_dim=7"], "gamma_dim 7 must be even"),
@@ -57,6 +57,8 @@ VALUES = {
     "size": (["--config.data.size=31"], "size=31.*32 or 64"),
     "mesh": (["--config.mesh.rules=(('.*',('model',)),)"], "names the axis 'model'"),
     "variant": (["--config.teacher.variant=fp16"], "no .*fp16.safetensors"),
+    "hub": (["--config.teacher.model=no/such"], "model no/such, .*HF_HUB_OFFLINE is set"),
+    "revision": (["--config.teacher.revision=v1"], "revision 'v1' is for models of the hub"),
 }
 # The same, where the schedule, which lies on a device, has to be made first.
 LATE_VALUES = {
@@ -146,7 +148,7 @@ def _folders(
         "one_encoder": "cannot read .*/one_encoder/text_encoder_2/config.json",
         "flow": "FlowMatchEulerDiscreteScheduler",
     }
-    cases = {name: ([f"--config.teacher.folder={folder / name}"], said[name]) for name in said}
+    cases = {name: ([f"--config.teacher.model={folder / name}"], said[name]) for name in said}
     cases["workdir"] = ([f"--workdir={folder}/file/run"], "file/run.*Not a directory.*--workdir")
     started = folder / "started"
     (started / "checkpoints" / "5").mkdir(parents=True)
@@ -164,6 +166,8 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
         "sample_no_prompt": (known, "one of --prompt and --prompts"),
         "sample_no_file": ([*known, "--prompts=/no/file"], "cannot read --prompts /no/file"),
         "sample_folder": (["--model=/no/such", known[1], prompt], "no folder /no/such"),
+        "sample_hub": (["--model=no/such", known[1], prompt], "no/such.*HF_HUB_OFFLINE"),
+        "sample_revision": ([*known, prompt, "--revision=v1"], "revision 'v1' is for models"),
         "sample_noise": ([*known, prompt, "--noise=/no.npy"], "cannot read --noise /no.npy"),
         "sample_steps": ([*known, prompt, "--steps=0"], "0 sampling steps at strength 1.0: there"),
     }
@@ -174,7 +178,7 @@ def answers(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
     """Name -> (status, stderr, devices touched, what stderr should say)."""
     folder = tmp_path_factory.mktemp("bad_input")
     good = [
-        f"--config={ROOT / 'configs' / 'tiny.py'}", f"--config.teacher.folder={tiny_folder}",
+        f"--config={ROOT / 'configs' / 'tiny.py'}", f"--config.teacher.model={tiny_folder}",
         f"--workdir={folder / 'run'}", "--config.eval.judge=",
     ]  # fmt: skip
     cases = {

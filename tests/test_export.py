@@ -51,7 +51,7 @@ def _run_of(teacher_folder, workdir):
     module = {}
     exec((ROOT / "configs" / "tiny.py").read_text(), module)
     config = module["get_config"]().to_dict()
-    config["teacher"]["folder"] = str(teacher_folder)
+    config["teacher"]["model"] = str(teacher_folder)
     config["student"]["gamma_dim"] = 8
     (workdir / "config.json").write_text(json.dumps(config))
     teacher = pretrained.read(teacher_folder)
@@ -205,7 +205,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     module = {}
     exec((ROOT / "configs" / "tiny.py").read_text(), module)
     config = settings.as_dict(settings.from_config(module["get_config"]().to_dict()))
-    config["teacher"]["folder"] = str(ROOT / "assets" / "tiny_sd")
+    config["teacher"]["model"] = str(ROOT / "assets" / "tiny_sd")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="no checkpoint yet"):
         _export((tmp_path,), tmp_path / "x")

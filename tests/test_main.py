@@ -57,7 +57,7 @@ class Lab:
 
     def start(self, workdir: str, cwd: str = ".", **environment: str) -> subprocess.Popen:
         settings = {
-            "teacher.folder": "model", "num_steps": NUM_STEPS, "batch_size": 4, "accumulate": 2,
+            "teacher.model": "model", "num_steps": NUM_STEPS, "batch_size": 4, "accumulate": 2,
             "student.gamma_dim": 8, "student.cond_proj": "random", "distill.length": 40,
             "distill.stride": 20,
             "optimizer.learning_rate": 1e-2, "data.num_threads": 1, "log.every_steps": 1,

@@ -22,7 +22,7 @@ def tiny_settings(folder: pathlib.Path) -> settings.Settings:
     spec.loader.exec_module(module)
     config = module.get_config()
     changes = {
-        "teacher.folder": str(folder), "num_steps": 2, "batch_size": 4, "student.gamma_dim": 8,
+        "teacher.model": str(folder), "num_steps": 2, "batch_size": 4, "student.gamma_dim": 8,
         "distill.length": 20, "distill.stride": 20, "data.num_threads": 0, "log.every_steps": 1,
         "eval.every_steps": 2, "eval.teacher_steps": 2, "eval.student_steps": 2, "eval.judge": "",
         "eval.prompts": ("a circle",), "optimizer.warmup_steps": 0,

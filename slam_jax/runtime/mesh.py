@@ -1,13 +1,14 @@
 """The devices as a mesh, and how arrays lie on it. Knows nothing of the method.
 
 Sharding is data: an ordered list of (regex, axes) pairs. The first regex that matches the
-whole path of an array ("student/conv_in/kernel") gives the mesh axis of each of its
-dimensions; () keeps a copy on every device.
+whole path of an array gives the mesh axis of each of its dimensions; () keeps a copy on every
+device. What is trained is "student/conv_in/kernel", "target/...", "opt_state/..."; what is not,
+"unet/conv_in/kernel", "vae/...", "text_encoder/...".
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,13 +57,26 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """The tree with each array replaced by its NamedSharding, from the first rule that matches."""
 
     def resolve(path, _leaf) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, rule in rules:
-            if re.fullmatch(pattern, name):
-                return NamedSharding(mesh, PartitionSpec(*rule))
-        raise UserError(f"mesh.rules match no {name!r}; end them with ('.*', ())")
+        return _sharding(jax.tree_util.keystr(path, simple=True, separator="/"), mesh, rules)
 
     return jax.tree_util.tree_map_with_path(resolve, tree)
+
+
+def _sharding(name: str, mesh: Mesh, rules: Rules) -> NamedSharding:
+    for pattern, rule in rules:
+        if re.fullmatch(pattern, name):
+            return NamedSharding(mesh, PartitionSpec(*rule))
+    raise UserError(f"mesh.rules match no {name!r}; end them with ('.*', ())")
+
+
+def placer(mesh: Mesh, rules: Rules) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
+    """(path, array on every host) -> the array as the rules lay it; no device gets more of it."""
+
+    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+        layout = _sharding("/".join(path), mesh, rules)
+        return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
+
+    return place
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

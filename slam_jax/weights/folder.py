@@ -1,6 +1,7 @@
 """What is where in a model folder of diffusers' layout, found and checked before any is loaded.
 
-Only JSON and safetensors are opened: pickles (.bin, .ckpt, .pt) can run code when read.
+Only JSON, safetensors and Flax's msgpack are opened: pickles (.bin, .ckpt, .pt) can run code
+when read.
 """
 
 import json
@@ -8,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slam_jax.errors import UserError
-from slam_jax.weights import tensorfile
+from slam_jax.weights import flaxfile, tensorfile
 
 # The networks of a folder and their classes, and which of them a pipeline is made of.
 PARTS = {
@@ -26,6 +27,11 @@ PIPELINES = {
 _SUPPORTED = (
     "supported are Stable Diffusion 1.x, 2.x and XL and their LCM students, as diffusers folders"
 )
+
+# Keys of Flax configs that change no result, and that torch's classes do not know.
+_FLAX_ONLY = ("use_memory_efficient_attention", "split_head_dim")
+# What Flax calls the file of weights that torch calls so.
+FLAX_STEMS = {"diffusion_pytorch_model": "diffusion_flax_model", "model": "flax_model"}
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _CONVERT = (
@@ -49,6 +55,19 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_config(path: Path) -> dict:
+    """A JSON file that says of which class a thing is; a Flax class becomes its torch twin."""
+    config = {key: value for key, value in read_json(path).items() if key not in _FLAX_ONLY}
+    if "_class_name" in config:
+        config["_class_name"] = _torch_class(config["_class_name"])
+    return config
+
+
+def _torch_class(name):
+    """diffusers' old Flax classes had torch's names with Flax before them."""
+    return name.removeprefix("Flax") if isinstance(name, str) else name
+
+
 def read_index(root: Path) -> dict:
     """model_index.json, if the folder is of a supported family; else UserError."""
     if root.suffix in _PICKLES and root.is_file():
@@ -56,17 +75,17 @@ def read_index(root: Path) -> dict:
         raise UserError(f"{root} is a pickle, which is never opened; {convert}")
     if not root.is_dir():
         raise UserError(
-            f"there is no folder {root}; for a model of the hub, "
-            f"first run `hf download {root} --local-dir FOLDER`, then give FOLDER"
+            f"there is no folder {root}; give one in diffusers' layout, or a model of the "
+            "Hugging Face hub as ORG/NAME"
         )
     if not (root / "model_index.json").is_file():
         raise UserError(f"{root} holds no model_index.json, so it is no pipeline; {_SUPPORTED}")
-    index = read_json(root / "model_index.json")
+    index = read_config(root / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise UserError(f"{root} is a {index.get('_class_name')}; {_SUPPORTED}")
     for part in PIPELINES[index["_class_name"]]:
         found = index.get(part)
-        if not isinstance(found, list) or found[-1] != PARTS[part]:
+        if not isinstance(found, list) or _torch_class(found[-1]) != PARTS[part]:
             raise UserError(
                 f"{root}/model_index.json: {part} is {found}, not a {PARTS[part]}; {_SUPPORTED}"
             )
@@ -76,7 +95,7 @@ def read_index(root: Path) -> dict:
 def read_scheduler(root: Path) -> dict:
     """scheduler/scheduler_config.json, which must name its class."""
     path = root / "scheduler" / "scheduler_config.json"
-    config = read_json(path)
+    config = read_config(path)
     if not isinstance(config.get("_class_name"), str):
         raise UserError(f"{path} lacks _class_name; set it, for example to DDIMScheduler")
     return config
@@ -96,9 +115,10 @@ def find_tokenizer(path: Path) -> Path:
 def find_tensors(
     part: Path, stem: str, variant: str | None
 ) -> tuple[Path, dict[str, tensorfile.Stored]]:
-    """The one safetensors file of a part, or the index of its shards; and its tensors by name.
+    """The file of a part's weights, or the index of its shards; and its tensors by torch name.
 
-    stem: file name without variant and suffix. As in diffusers an index goes before a file.
+    stem: file name without variant and suffix. As in diffusers an index goes before a file;
+    Flax's msgpack comes last, and has no variants.
     """
     index, single = f"{stem}.safetensors.index.json", weights_name(stem, variant)
     if variant is not None:
@@ -107,6 +127,9 @@ def find_tensors(
         return part / index, _read_shards(part / index)
     if (part / single).is_file():
         return part / single, tensorfile.read(part / single)
+    msgpack = f"{FLAX_STEMS[stem]}.msgpack"
+    if variant is None and (part / msgpack).is_file():
+        return part / msgpack, flaxfile.read(part / msgpack)
     raise UserError(_no_weights(part, single))
 
 
@@ -146,7 +169,8 @@ def _no_weights(part: Path, wanted: str) -> str:
     if not part.is_dir():
         return f"there is no folder {part}; give a whole folder in diffusers' layout"
     files = sorted(path.name for path in part.iterdir())
-    safe = [name for name in files if name.endswith((".safetensors", ".safetensors.index.json"))]
+    suffixes = (".safetensors", ".safetensors.index.json", ".msgpack")
+    safe = [name for name in files if name.endswith(suffixes)]
     safe += [name for name in files if ".safetensors.index." in name and name not in safe]
     pickles = [name for name in files if name.endswith(_PICKLES)]
     if safe:

@@ -9,6 +9,9 @@ import re
 # Linen's leaf -> torch's.
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
+# A list's module is named with a dot by torch, with a line by Flax; linear_1 is no list's.
+_FLAX_NUMBER = re.compile(r"(?<!^linear)_(\d+)$")
+
 # transformers 4, and with it every text_encoder on the hub, puts this before all names but the
 # projection's; transformers 5 leaves it out of encoders without projection, and reads both.
 TEXT_PREFIX = "text_model."
@@ -24,6 +27,16 @@ def torch_name(path: tuple[str, ...]) -> str:
     """("down_blocks.0", "conv", "kernel") -> "down_blocks.0.conv.weight"."""
     *modules, leaf = path
     return ".".join([*modules, LEAVES[leaf]])
+
+
+def from_flax(path: str) -> str:
+    """A torch file's name of the array at `path` in a msgpack of diffusers' old Flax classes.
+
+    "down_blocks_0/attentions_1/proj_in/kernel" -> "down_blocks.0.attentions.1.proj_in.weight".
+    """
+    *modules, leaf = path.split("/")
+    torch_modules = [_FLAX_NUMBER.sub(r".\1", module) for module in modules]
+    return ".".join([*torch_modules, LEAVES.get(leaf, leaf)])
 
 
 def unet(name: str) -> str:

@@ -60,16 +60,6 @@ class Described(NamedTuple):
     shapes: dict
 
 
-class _Found(NamedTuple):
-    """A network that was found and checked, nothing of it loaded yet."""
-
-    config: dict
-    shapes: dict
-    tensors: dict[str, tensorfile.Stored]
-    source: str
-    bare_names: bool
-
-
 def read(
     folder: str | Path,
     *,
@@ -84,6 +74,13 @@ def read(
     layout; then `config` is a folder with all that it lacks. Raises UserError naming file and
     tensor.
     """
+    return load(find(folder, variant=variant, config=config), dtype=dtype)
+
+
+def find(
+    folder: str | Path, *, variant: str | None = None, config: str | Path | None = None
+) -> Pretrained:
+    """The model in `folder`, checked as by `read`, its parameters translate.Unread: for `load`."""
     root = Path(folder)
     if root.suffix == ".safetensors" and not root.is_dir():
         # Here, since it returns what this module defines.
@@ -91,7 +88,7 @@ def read(
 
         if variant is not None:
             raise UserError(f"{root} is one file, without variants; leave out variant {variant!r}")
-        return single_file.read(root, config, dtype=dtype)
+        return single_file.find(root, config)
     networks, others = describe(root)
     if config is not None:
         raise UserError(f"{root} is no single file and has its own configs; give no config folder")
@@ -100,7 +97,27 @@ def read(
         for part in PARTS
         if part.name in networks
     }
-    return Pretrained(**{name: _load(each, dtype) for name, each in found.items()}, **others)
+    return Pretrained(**found, **others)
+
+
+def load(
+    found: Pretrained,
+    *,
+    dtype: DTypeLike | None = np.float32,
+    place: translate.Place | None = None,
+) -> Pretrained:
+    """What `find` found, with its parameters read; the host holds them and one tensor more.
+
+    place: takes each parameter as it is read, with its path ("unet", "conv_in", "kernel"), and
+    returns it on its devices; then the host holds no more than one.
+    """
+    networks = {key: part for key, part in found._asdict().items() if isinstance(part, Component)}
+    params = translate.load(
+        {key: network.params for key, network in networks.items()}, dtype=dtype, place=place
+    )
+    return found._replace(
+        **{key: network._replace(params=params[key]) for key, network in networks.items()}
+    )
 
 
 def describe(root: Path) -> tuple[dict[str, Described], dict]:
@@ -136,7 +153,8 @@ def read_component(
 ) -> Component:
     """One network from its own folder (config.json and weights), whatever that is called."""
     path = Path(folder)
-    return _load(_find(path, part, _describe(path, part), variant), dtype)
+    found = _find(path, part, _describe(path, part), variant)
+    return found._replace(params=translate.load(found.params, dtype=dtype))
 
 
 def write(
@@ -234,7 +252,7 @@ def _config_to_write(part: Part, config: Mapping, dtype_name: str) -> dict:
 def _describe(path: Path, part: Part) -> Described:
     """One network's config.json; UserError unless it is of that part's class and can be built."""
     config_path = path / "config.json"
-    config = folders.read_json(config_path)
+    config = folders.read_config(config_path)
     wanted = folders.PARTS[part.name]
     # diffusers' key, then transformers'.
     class_name = config.get("_class_name") or (config.get("architectures") or [wanted])[0]
@@ -253,14 +271,14 @@ def _describe(path: Path, part: Part) -> Described:
         ) from None
 
 
-def _find(path: Path, part: Part, described: Described, variant: str | None) -> _Found:
+def _find(path: Path, part: Part, described: Described, variant: str | None) -> Component:
     """Check one network's weights against the network that its config.json describes."""
     source, stored = folders.find_tensors(path, part.stem, variant)
     tensors = _under_our_names(stored, part)
-    translate.check(tensors, described.shapes, str(source))
     prefix = names.TEXT_PREFIX
     bare_names = any(name == prefix + stored.name for name, stored in tensors.items())
-    return _Found(*described, tensors, str(source), bare_names)
+    params = translate.find(tensors, described.shapes, str(source))
+    return Component(described.config, params, bare_names)
 
 
 def _under_our_names(
@@ -278,8 +296,3 @@ def _under_our_names(
         if our_name is not None:
             tensors[our_name] = tensor
     return tensors
-
-
-def _load(found: _Found, dtype: DTypeLike | None) -> Component:
-    params = translate.to_params(found.tensors, found.shapes, found.source, dtype=dtype)
-    return Component(found.config, params, found.bare_names)

@@ -13,15 +13,13 @@ from slam_jax.errors import UserError
 from slam_jax.weights import ldm, ldm_names, pretrained, tensorfile, translate
 
 
-def read(
-    file: str | Path, config: str | Path | None, *, dtype: DTypeLike | None = np.float32
-) -> pretrained.Pretrained:
-    """The model whose weights are in `file`; everything is checked before anything is loaded.
+def find(file: str | Path, config: str | Path | None) -> pretrained.Pretrained:
+    """The model whose weights are in `file`, checked, and nothing read: for pretrained.load.
 
     config: diffusers folder of a model of the same architecture and prediction (epsilon or v: the
-    file does not tell), whose weights are not read and need not be there. dtype: of the parameters;
-    None keeps the file's own. Of a file with averaged weights too (model_ema) those that were
-    trained are read, as diffusers does. Raises UserError naming file and tensor.
+    file does not tell), whose weights are not read and need not be there. Of a file with averaged
+    weights too (model_ema) those that were trained are read, as diffusers does. Raises UserError
+    naming file and tensor.
     """
     path = Path(file)
     stored = {ldm_names.full_key(key): tensor for key, tensor in tensorfile.read(path).items()}
@@ -44,7 +42,7 @@ def read(
     components = {}
     for name, network in networks.items():
         tensors = ldm.from_ldm(stored, shapes[name], layouts[name])
-        params = translate.to_params(tensors, network.shapes, str(path), dtype=dtype)
+        params = translate.find(tensors, network.shapes, str(path))
         components[name] = pretrained.Component(network.config, params)
     return pretrained.Pretrained(**components, **others)
 

@@ -5,10 +5,10 @@ Neither way holds more than one tensor beside what the caller holds.
 
 import dataclasses
 import json
+import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -18,26 +18,55 @@ from slam_jax.errors import UserError
 
 # Also what may be written. Integer tensors are only ever buffers, and are not read.
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+# What files may call them: safetensors so, Flax as numpy does.
+_DTYPES = {spelt: name for name in _FLOATS for spelt in (name, _FLOATS[name])}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor still in its file; np.asarray(stored) reads it."""
+    """A tensor still in its file; np.asarray(stored) looks into the file.
+
+    shape: in torch's order of axes. dtype: as the file calls it.
+    """
 
     path: Path
     name: str
     shape: tuple[int, ...]
-    _file: Any
-    _view: Callable[[np.ndarray], np.ndarray] = np.asarray
+    dtype: str
+    _bytes: mmap.mmap  # of the whole file
+    _runs: tuple[tuple[int, int], ...]  # (first byte, number of bytes), in order
+    _axes: tuple[int, ...] | None = None  # torch's axes in the file's order, if that is another
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        tensor = self._file.get_slice(self.name)
-        if tensor.get_dtype() not in _FLOATS.values():
+    def check(self) -> None:
+        """UserError unless its numbers are of a dtype that weights may have."""
+        if self.dtype not in _DTYPES:
             raise UserError(
-                f"{self.path}: tensor {self.name!r} is {tensor.get_dtype()}; weights must be "
+                f"{self.path}: tensor {self.name!r} is {self.dtype}; weights must be "
                 f"{', '.join(_FLOATS)}, so give a folder that is not quantized"
             )
-        return np.asarray(self._view(self._file.get_tensor(self.name)), dtype=dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        self.check()
+        stored_as = np.dtype(_DTYPES[self.dtype])
+        self._advise(mmap.MADV_WILLNEED)
+        runs = [
+            np.ndarray(size // stored_as.itemsize, stored_as, self._bytes, start)
+            for start, size in self._runs
+        ]
+        flat = runs[0] if len(runs) == 1 else np.concatenate(runs)
+        axes = self._axes or tuple(range(len(self.shape)))
+        array = flat.reshape([self.shape[axis] for axis in axes]).transpose(np.argsort(axes))
+        return np.array(array, dtype=dtype, copy=copy)
+
+    def forget(self) -> None:
+        """Gives back the memory in which the system holds these bytes of the file for us."""
+        self._advise(mmap.MADV_DONTNEED)
+
+    def _advise(self, advice: int) -> None:
+        for start, size in self._runs:
+            page = start - start % mmap.PAGESIZE
+            if size:
+                self._bytes.madvise(advice, page, start + size - page)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,37 +93,57 @@ class Stacked:
 
 def read(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name. UserError if it is missing, cut short or other."""
+    content = map_file(path)
+    try:
+        # The library checks that header and length agree.
+        safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise broken(path, "safetensors", error) from None
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, tensor in header.items():
+        first, end = tensor["data_offsets"]
+        run = (start + first, end - first)
+        tensors[name] = Stored(path, name, tuple(tensor["shape"]), tensor["dtype"], content, (run,))
+    return tensors
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of a file of weights. UserError if it cannot be read or is only a pointer to it."""
     try:
         with open(path, "rb") as file:
-            start = file.read(64)
-        file = safetensors.safe_open(path, framework="numpy")
+            if file.read(64).startswith(b"version https://git-lfs"):
+                raise UserError(
+                    f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there"
+                )
+            if os.fstat(file.fileno()).st_size == 0:
+                raise UserError(f"{path} is cut short: it is empty; copy or download it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        if start.startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there"
-            ) from None
-        raise UserError(
-            f"{path} is cut short or not a safetensors file ({error}); copy or download it again"
-        ) from None
-    return {
-        name: Stored(path, name, tuple(file.get_slice(name).get_shape()), file)
-        for name in file.keys()  # noqa: SIM118 (no iterator)
-    }
+
+
+def broken(path: Path, kind: str, error: Exception) -> UserError:
+    """What to say of a file whose bytes are no file of that kind."""
+    return UserError(
+        f"{path} is cut short or not a {kind} file ({error}); copy or download it again"
+    )
 
 
 def rows(stored: Stored, part: int, num_parts: int) -> Stored:
     """One of so many equal parts of a stored tensor's first axis, still in the file."""
+    ((start, size),) = stored._runs
+    size //= num_parts
     shape = (stored.shape[0] // num_parts, *stored.shape[1:])
-    return dataclasses.replace(
-        stored, shape=shape, _view=lambda tensor: np.split(tensor, num_parts)[part]
-    )
+    return dataclasses.replace(stored, shape=shape, _runs=((start + part * size, size),))
 
 
 def transposed(stored: Stored) -> Stored:
     """A stored tensor's transpose, still in the file."""
-    return dataclasses.replace(stored, shape=stored.shape[::-1], _view=np.transpose)
+    axes = tuple(reversed(range(len(stored.shape))))
+    return dataclasses.replace(stored, shape=stored.shape[::-1], _axes=axes)
 
 
 def write(
@@ -129,9 +178,8 @@ def cast(tensor: np.ndarray | Stacked, dtype: DTypeLike | None, what: str) -> np
     tensor = np.asarray(tensor)
     with np.errstate(over="ignore"):
         result = np.array(tensor, dtype=dtype, order="C")
-    if result.dtype.itemsize < tensor.dtype.itemsize:
-        # isfinite does not exist for bfloat16: it is asked in float32.
-        lost = ~np.isfinite(result.astype(np.float32)) & np.isfinite(tensor.astype(np.float32))
+    if result.dtype.itemsize < tensor.dtype.itemsize and not np.isfinite(result).all():
+        lost = ~np.isfinite(result) & np.isfinite(tensor)
         if lost.any():
             raise UserError(
                 f"{what} holds {tensor[lost].flat[0]}, too large for {result.dtype}; use float32"

@@ -34,6 +34,18 @@ def test_path_without_a_rule_is_named():
         mesh.shardings({"b": [np.zeros(3)]}, mesh.make(AXES), (("a/.*", ()),))
 
 
+def test_an_array_goes_to_its_devices_in_parts():
+    rules = (("unet/.*/kernel", (None, "data")), (".*", ()))
+    place = mesh.placer(mesh.make(AXES), rules)
+    array = np.arange(3 * 8, dtype=np.float32).reshape(3, 8)
+    for path, width in ((("unet", "down.0", "kernel"), 2), (("vae", "kernel"), 8)):
+        placed = place(path, array)
+        np.testing.assert_array_equal(placed, array)
+        shards = placed.addressable_shards
+        assert [shard.data.shape for shard in shards] == [(3, width)] * 4
+        assert len({shard.device for shard in shards}) == 4
+
+
 @pytest.mark.parametrize(
     "axes, rules, word",
     [

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import diffusers
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 from slam_jax.errors import UserError
+from slam_jax.runtime import mesh
 from slam_jax.weights import pretrained, tensorfile, translate
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -180,6 +182,30 @@ def test_reading_starts_no_device(torch_folder):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
+def test_parameters_go_straight_to_the_mesh(torch_folder):
+    on_host = pretrained.read(torch_folder)
+    devices = mesh.make((("data", -1),))
+    rules = (("unet/.*/conv1/kernel", (None, None, None, "data")), (".*", ()))
+    found = pretrained.find(torch_folder)
+    model = pretrained.load(found, place=mesh.placer(devices, rules))
+    jax.tree.map(np.testing.assert_array_equal, params_of(model), params_of(on_host))
+    split = [leaf for leaf in jax.tree.leaves(params_of(model)) if not leaf.is_fully_replicated]
+    kernel = model.unet.params["down_blocks.0"]["resnets.0"]["conv1"]["kernel"]
+    assert any(kernel is leaf for leaf in split) and len(split) == 8
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 8, 2)}
+    pretrained.load(found, place=mesh.placer(devices, ((".*", ()),)))  # as often as one likes
+
+
+def test_one_parameter_at_a_time_is_on_the_host(torch_folder):
+    found = pretrained.find(torch_folder)
+    tracemalloc.start()
+    pretrained.load(found, place=lambda path, array: array.size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    sizes = [4 * np.prod(leaf.shape) for leaf in jax.tree.leaves(params_of(found))]
+    assert peak < sum(sizes) / 4
+
+
 def test_reads_one_network_from_any_folder(pipeline, torch_folder, tmp_path):
     shutil.copytree(torch_folder / "unet", tmp_path / "student_unet")
     unet = pretrained.read_component(tmp_path / "student_unet", pretrained.UNET)
@@ -298,6 +324,8 @@ BROKEN_TENSORS = {
 def test_broken_tensors_are_named_with_their_file(model, words):
     edit_tensors(model / UNET_FILE, BROKEN_TENSORS[words])
     assert f"{model}/{words}" in refusal(model)
+    with pytest.raises(UserError):
+        pretrained.find(model)
 
 
 def test_a_tensor_is_named_as_its_file_names_it(model):
@@ -377,7 +405,7 @@ def test_other_configs_are_refused(model, file, changes, words):
 
 @pytest.mark.parametrize(
     "class_name",
-    ["StableDiffusionXLInpaintPipeline", "FluxPipeline", "FlaxStableDiffusionPipeline", None],
+    ["StableDiffusionXLInpaintPipeline", "FluxPipeline", "StableDiffusionInpaintPipeline", None],
 )
 def test_other_families_are_refused_with_those_supported(model, class_name):
     edit_json(model / "model_index.json", _class_name=class_name)
@@ -385,7 +413,8 @@ def test_other_families_are_refused_with_those_supported(model, class_name):
 
 
 def test_places_that_are_no_folder(tmp_path):
-    assert "hf download org/name --local-dir" in refusal(Path("org/name"))
+    message = refusal(Path("org/name"))
+    assert "no folder org/name" in message and "hub as ORG/NAME" in message
     (tmp_path / "v1-5.ckpt").write_bytes(b"")
     message = refusal(tmp_path / "v1-5.ckpt")
     assert "is a pickle, which is never opened" in message and "from_single_file" in message
