@@ -181,4 +181,4 @@ def training_nets(models: Models) -> step.Nets:
         noise = jax.random.normal(posterior_key, posterior.mean.shape)
         return SCALING_FACTOR * (posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise)
 
-    return step.Nets(student(models), teacher, encode_image, encode_text(models))
+    return step.Nets(student(models), step.all_trained, teacher, encode_image, encode_text(models))

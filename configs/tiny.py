@@ -20,7 +20,15 @@ def get_config() -> ConfigDict:
     config.teacher = ConfigDict(
         dict(model="assets/tiny_sd", revision="", variant="", config="", dtype="float32")
     )
-    config.student = ConfigDict(dict(dtype="float32", remat=False, cond_proj="zero", gamma_dim=256))
+    config.student = ConfigDict(
+        dict(
+            dtype="float32",
+            remat=False,
+            cond_proj="zero",
+            gamma_dim=256,
+            lora=dict(rank=0, alpha=16.0, targets=(r"attn\d\.to_\w+(\.0)?", "ff.net.*", "conv.*")),
+        )
+    )
     config.distill = ConfigDict(
         dict(
             num_subpaths=50,

@@ -4,7 +4,8 @@
 
 The last checkpoint is read, so this works while training goes on. Formats: diffusers (a pipeline
 folder, gamma embedding included), diffusers-folded (the same as a plain UNet), single-file (one
-.safetensors for ComfyUI and A1111).
+.safetensors for ComfyUI and A1111), lora (a folder with the LoRA as diffusers and as ComfyUI
+spell it).
 """
 
 import json
@@ -12,15 +13,19 @@ from pathlib import Path
 
 from absl import flags
 
-from slam_jax import command, pipeline, settings
+from slam_jax import command, experiment, settings, students
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder
-from slam_jax.weights import card, hub, pretrained, single_file, templates
+from slam_jax.weights import card, lora, lora_svd, pretrained, single_file
 from slam_jax.weights import student as student_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
 _FORMAT = flags.DEFINE_enum(
-    "format", "diffusers", ("diffusers", "diffusers-folded", "single-file"), "What to write."
+    "format", "diffusers", ("diffusers", "diffusers-folded", "single-file", "lora"),
+    "What to write.",
+)  # fmt: skip
+_EXTRACT_LORA = flags.DEFINE_integer(
+    "extract_lora", None, "For --format lora of a run that trained all parameters: the rank."
 )
 # Other programs have a flag of that name.
 _OUT = flags.DEFINE_string(
@@ -42,19 +47,23 @@ def main() -> None:
     workdir, out = Path(_WORKDIR.value), Path(_OUT.value)
     _check_out(out, _FORMAT.value, _OVERWRITE.value)
     config = _read_settings(workdir)
-    base = config.teacher
-    teacher = pretrained.load(hub.find(base.model, base.revision, base.variant, base.config))
-    step, unet = _read_unet(workdir, teacher.unet, config, _STATE[_WEIGHTS.value])
+    _check_rank(config.student.lora.rank, _FORMAT.value, _EXTRACT_LORA.value)
+    teacher = pretrained.load(experiment.teacher(config))
+    step, trained = _read_trained(workdir, teacher.unet, config, _STATE[_WEIGHTS.value])
+    unet, additions = experiment.shipped(config, teacher.unet, trained)
     if _FORMAT.value != "diffusers":
-        unet = pipeline.fold_gamma(unet)
+        unet = students.fold_gamma(unet)
     model = student_folder.student(
         teacher, unet, original_inference_steps=config.distill.num_subpaths
     )
-    if _FORMAT.value == "single-file":
+    if _FORMAT.value == "lora":
+        additions = additions or _extract(teacher.unet, unet, _EXTRACT_LORA.value)
+        lora.write(out, additions, dtype=_DTYPE.value)
+    elif _FORMAT.value == "single-file":
         single_file.write(out, model, dtype=_DTYPE.value)
     else:
         readme = card.card(
-            base=base.model,
+            base=config.teacher.model,
             base_license=card.license_of(teacher.tokenizer.parent),
             step=step,
             weights=_WEIGHTS.value,
@@ -85,18 +94,37 @@ def _read_settings(workdir: Path) -> settings.Settings:
     return settings.from_config(values)
 
 
-def _read_unet(
+def _check_rank(trained_rank: int, form: str, extracted_rank: int | None) -> None:
+    if extracted_rank is not None and (trained_rank or form != "lora" or extracted_rank < 1):
+        raise UserError(
+            f"--extract_lora {extracted_rank}: give a rank of at least 1, for --format lora of a "
+            "run that trained all parameters"
+        )
+    if form == "lora" and not trained_rank and extracted_rank is None:
+        raise UserError(
+            "this run trained all parameters; for a LoRA of them give --extract_lora RANK"
+        )
+
+
+def _read_trained(
     workdir: Path, teacher: pretrained.Component, config: settings.Settings, part: str
 ) -> tuple[int, pretrained.Component]:
-    """(step, the student's UNet) of the last checkpoint; `part` of the state holds it."""
+    """(step, what was trained) of the last checkpoint; `part` of the state holds it."""
     checkpoints = workdir / "checkpoints"
     step = checkpoint.latest(checkpoints)
     if step is None:
         raise UserError(f"{workdir} holds no checkpoint yet; train until checkpoint.every_steps")
-    unet_config = {**teacher.config, "time_cond_proj_dim": config.student.gamma_dim}
-    shapes = templates.of_unet(unet_config)
-    params = checkpoint.restore_part(checkpoints, step, part, shapes)
-    return step, teacher._replace(config=unet_config, params=params)
+    student = experiment.student(config, teacher)
+    params = checkpoint.restore_part(checkpoints, step, part, student.params)
+    return step, student._replace(params=params)
+
+
+def _extract(teacher: pretrained.Component, unet: pretrained.Component, rank: int) -> dict:
+    """The best LoRA of that rank; prints the share of each tensor's change that it keeps."""
+    additions, kept = lora_svd.extract(teacher, unet, rank)
+    for name, share in kept.items():
+        print(f"{share:8.2%} {name}")
+    return additions
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from slam_jax.diffusion import guidance, parameterization, sampler
@@ -139,83 +138,42 @@ def teacher(
 def student(
     config: Mapping, dtype: DTypeLike, remat: bool
 ) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
-    """(params, x, t, text, gamma) -> raw output; config has a time_cond_proj_dim."""
+    """(params, x, t, text, gamma) -> raw output.
+
+    Without time_cond_proj_dim in its config the student is made for gamma = 1 and sees no gamma.
+    """
     net = unet.from_config(config, dtype=dtype, remat=remat)
-    assert net.time_cond_proj_dim is not None
+    dim = net.time_cond_proj_dim
 
     def call(params: Params, x: Latent, t: Timestep, text: Conditioning, gamma: Coeff) -> Latent:
-        embedding = parameterization.gamma_embedding(gamma, net.time_cond_proj_dim)
+        embedding = None if dim is None else parameterization.gamma_embedding(gamma, dim)
         return net.apply({"params": params}, x, t, text, embedding)
 
     return call
 
 
-def is_student(unet_config: Mapping) -> bool:
-    """Whether that UNet takes gamma."""
-    return unet.from_config(unet_config).time_cond_proj_dim is not None
+def lora_student(
+    config: Mapping, dtype: DTypeLike, remat: bool
+) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
+    """(params, x, t, text, gamma) -> raw output; the LoRA is merged into params.
 
+    The base knows no gamma and a LoRA file has no place for C, the layer that takes it. A full
+    student's time embedding starts with linear_1(tau(t) + C e(gamma)), where tau are the sinusoids
+    of t and e is gamma_embedding. Here it starts with linear_1(tau(t) + C (e(gamma) - e(1))): at
+    gamma = 1 that is linear_1(tau(t)) whatever C has become. Samplers only ever ask for gamma = 1
+    (sampler.py), so base and LoRA in a UNet without C draw the very same images.
 
-def random_cond_proj(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """U(-1/sqrt(d), 1/sqrt(d)) of [d, channels]: torch's default, as released (METHOD.md §1.6)."""
-    bound = shape[0] ** -0.5
-    return rng.uniform(-bound, bound, shape).astype(np.float32)
-
-
-def zero_cond_proj(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Zeros: the student starts as the teacher, whatever gamma is."""
-    del rng
-    return np.zeros(shape, np.float32)
-
-
-def student_config(teacher_config: Mapping, gamma_dim: int) -> dict:
-    """The config of the teacher's UNet, taking a gamma embedding of that width."""
-    if is_student(teacher_config):
-        raise UserError(
-            f"the teacher's UNet has time_cond_proj_dim {teacher_config['time_cond_proj_dim']}: it "
-            "is a few-step student already; give the model that it was distilled from"
-        )
-    if gamma_dim < 4 or gamma_dim % 2:
-        raise UserError(f"student.gamma_dim {gamma_dim} must be even and at least 4, such as 256")
-    return {**teacher_config, "time_cond_proj_dim": gamma_dim}
-
-
-def student_of(
-    teacher: pretrained.Component,
-    gamma_dim: int,
-    cond_proj: Callable[[np.random.Generator, tuple[int, int]], np.ndarray],
-    rng: np.random.Generator,
-) -> pretrained.Component:
-    """The teacher's UNet with a new, first guess of the layer that takes the gamma embedding."""
-    channels = teacher.params["conv_in"]["kernel"].shape[-1]
-    time_embedding = {
-        **teacher.params["time_embedding"],
-        "cond_proj": {"kernel": cond_proj(rng, (gamma_dim, channels))},
-    }
-    return teacher._replace(
-        config=student_config(teacher.config, gamma_dim),
-        params={**teacher.params, "time_embedding": time_embedding},
-    )
-
-
-def fold_gamma(student: pretrained.Component) -> pretrained.Component:
-    """The student at gamma = 1, where it is sampled, as a UNet without that input.
-
-    Its embedding e is constant there, so C e, added before linear_1, is a bias: b + W (C e).
-    A UNet that takes no gamma is returned as it is.
+    The two differ by a constant, linear_1's image of C e(1), which is a shift of its bias.
     """
-    if not is_student(student.config):
-        return student
-    time_embedding = dict(student.params["time_embedding"])
-    cond_proj = np.float64(time_embedding.pop("cond_proj")["kernel"])
-    linear_1 = time_embedding["linear_1"]
-    e = parameterization.gamma_embedding(jnp.ones((1, 1, 1, 1)), len(cond_proj))[0]
-    shift = np.float64(e) @ cond_proj @ np.float64(linear_1["kernel"])
-    bias = np.asarray(linear_1["bias"])
-    time_embedding["linear_1"] = {**linear_1, "bias": (bias + shift).astype(bias.dtype)}
-    return student._replace(
-        config={key: student.config[key] for key in student.config if key != "time_cond_proj_dim"},
-        params={**student.params, "time_embedding": time_embedding},
-    )
+    net = unet.from_config(config, dtype=dtype, remat=remat)
+    dim = net.time_cond_proj_dim
+
+    def call(params: Params, x: Latent, t: Timestep, text: Conditioning, gamma: Coeff) -> Latent:
+        at_one = parameterization.gamma_embedding(jnp.ones_like(gamma), dim)
+        embedding = parameterization.gamma_embedding(gamma, dim) - at_one
+        return net.apply({"params": params}, x, t, text, embedding)
+
+    return call
 
 
 def latent_shape(model: pretrained.Pretrained, image_size: int) -> tuple[int, int, int]:

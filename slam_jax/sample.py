@@ -6,6 +6,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
-from slam_jax import command, pipeline
+from slam_jax import command, pipeline, students
 from slam_jax.data import image as image_file
 from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
@@ -25,7 +26,7 @@ from slam_jax.errors import UserError
 from slam_jax.nets import unet
 from slam_jax.runtime import folder, images, log, mesh
 from slam_jax.shapes import PRNGKey
-from slam_jax.weights import hub, pretrained
+from slam_jax.weights import hub, lora, pretrained
 
 _MODEL = flags.DEFINE_string(
     "model", None,
@@ -38,6 +39,7 @@ _CONFIG = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "What to draw.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "File with a prompt a line, instead of --prompt.")
+_LORA = flags.DEFINE_multi_string("lora", [], "FILE:SCALE of a LoRA to add; may be repeated.")
 _STEPS = flags.DEFINE_integer("steps", None, "Network calls per image: 4 for students, else 50.")
 _W = flags.DEFINE_float("w", None, "Guidance of a model that is no student (guidance_scale - 1).")
 _SEED = flags.DEFINE_integer("seed", 0, "Noise of image i depends on the seed and i alone.")
@@ -74,7 +76,9 @@ def main() -> None:
     prompts = _read_prompts(_PROMPT.value, _PROMPTS.value)
     given = (_MODEL, _REVISION, _VARIANT, _CONFIG)
     model = pretrained.load(hub.find(*(flag.value for flag in given)))
-    is_student = pipeline.is_student(model.unet.config)
+    for path, scale in map(_file_and_scale, _LORA.value):
+        model = lora.apply(model, path, scale)
+    is_student = students.is_student(model)
     if is_student and _W.value is not None:
         raise UserError(f"--w {_W.value}: a student's guidance was fixed in training; leave it out")
     if _INIT_IMAGE.value is not None and not is_student:
@@ -98,6 +102,17 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt; write one a line")
     return prompts
+
+
+def _file_and_scale(value: str) -> tuple[Path, float]:
+    path, _, scale = value.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not path or not math.isfinite(number):
+        raise UserError(f"--lora {value} must be FILE:SCALE, such as style.safetensors:0.8")
+    return Path(path), number
 
 
 def _noise(
@@ -264,8 +279,8 @@ def _save(
 
 def _settings(number: int, prompt: str, steps: int) -> str:
     """What would draw picture `number` again, as JSON."""
-    given = (_MODEL, _REVISION, _VARIANT, _CONFIG, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
-    values = {flag.name: flag.value for flag in given if flag.value not in (None, "")}
+    given = (_MODEL, _REVISION, _VARIANT, _CONFIG, _LORA, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
+    values = {flag.name: flag.value for flag in given if flag.value not in (None, "", [])}
     return json.dumps({"prompt": prompt, "number": number, "steps": steps, **values})
 
 

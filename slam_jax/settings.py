@@ -16,6 +16,14 @@ class Teacher(NamedTuple):
     dtype: str  # in which teacher, VAE and text encoder compute: float32 or bfloat16
 
 
+class Lora(NamedTuple):
+    """Low-rank additions to the teacher's kernels, trained instead of all parameters."""
+
+    rank: int  # 0 trains all parameters
+    alpha: float  # what is added is multiplied by alpha / rank
+    targets: tuple  # regexes of the modules, each for a whole name or for its end after a dot
+
+
 class Student(NamedTuple):
     """The network that is trained; its parameters are float32 whatever the dtype."""
 
@@ -23,6 +31,7 @@ class Student(NamedTuple):
     remat: bool  # recompute activations in the backward pass: less memory, more time
     cond_proj: str  # first guess of the layer that takes gamma: random (as released) or zero
     gamma_dim: int  # width of gamma's embedding: 256 in the released models
+    lora: Lora
 
 
 class Distill(NamedTuple):
@@ -109,7 +118,7 @@ class Settings(NamedTuple):
     mesh: Mesh
 
 
-_GROUPS = (Teacher, Student, Distill, Optimizer, Data, Eval, Checkpoint, Log, Mesh)
+_GROUPS = (Teacher, Student, Lora, Distill, Optimizer, Data, Eval, Checkpoint, Log, Mesh)
 
 # May differ when a run is resumed: they do not touch what is learnt.
 FREE = ("num_steps", "eval", "checkpoint", "log", "data.num_threads")
@@ -119,7 +128,8 @@ _AT_LEAST_ONE = (
     "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
     "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "data.num_threads")
+_AT_LEAST_ZERO = ("seed", "student.lora.rank", "data.num_threads")
+_STRINGS = ("eval.prompts", "student.lora.targets")
 
 
 def from_config(config: Mapping[str, Any]) -> Settings:
@@ -128,18 +138,29 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     leaves = as_dict(settings)
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
-            value = leaves
-            for part in name.split("."):
-                value = value[part]
+            value = _value(leaves, name)
             if value < least:
                 raise UserError(f"config.{name}={value} must be at least {least}")
+    for name in _STRINGS:
+        value = _value(leaves, name)
+        if not all(isinstance(each, str) for each in value):
+            raise UserError(f"config.{name}={value!r} must be strings")
     if settings.seed >= 2**32:
         raise UserError(f"config.seed={settings.seed} must be less than 2**32")
-    if not all(isinstance(prompt, str) for prompt in settings.eval.prompts):
-        raise UserError(f"config.eval.prompts={settings.eval.prompts!r} must be strings")
+    lora = settings.student.lora
+    if lora.alpha <= 0:
+        raise UserError(f"config.student.lora.alpha={lora.alpha} must be positive, such as rank")
+    if lora.rank and not lora.targets:
+        raise UserError("config.student.lora.targets is empty; name modules, or set rank to 0")
     if not 0 <= settings.ema_rate < 1:
         raise UserError(f"config.ema_rate={settings.ema_rate} must lie in [0, 1)")
     return settings
+
+
+def _value(leaves: Mapping[str, Any], name: str) -> Any:
+    for part in name.split("."):
+        leaves = leaves[part]
+    return leaves
 
 
 def _read(group: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -2,46 +2,23 @@
 
 import contextlib
 import functools
-import inspect
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from slam_jax import command, evaluate, pipeline
-from slam_jax.data import batches, shapes2d, sources, text_inputs
-from slam_jax.diffusion import parameterization, schedule, solver, subpath
-from slam_jax.distill import gamma, loss, optimizer, state, step
+from slam_jax import command, evaluate, experiment, pipeline
+from slam_jax.data import batches, text_inputs
+from slam_jax.distill import optimizer, state, step
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder, images, log, mesh
-from slam_jax.settings import FREE, Data, Distill, Settings, as_dict
-from slam_jax.weights import hub, pretrained
+from slam_jax.settings import FREE, Settings, as_dict
+from slam_jax.weights import lora as lora_file
+from slam_jax.weights import pretrained
 from slam_jax.weights import student as student_folder
 
-# Names in a config -> what they stand for; those with numbers after the name are called with them.
-GAMMA_LAWS = {
-    "uniform": lambda: gamma.uniform,
-    "ones": lambda: gamma.ones,
-    "mixture": gamma.mixture,
-    "annealed": gamma.annealed,
-}
-DISTANCES = {"l2": lambda: loss.squared, "huber": loss.pseudo_huber}
-SIGMAS = {
-    "markov": subpath.sigma_markov,
-    "ddim": subpath.sigma_ddim,
-    "fixed": subpath.sigma_fixed,
-}
-TIMES = {
-    "grid": solver.start_grid,
-    "all": lambda num_subpaths, num_timesteps: solver.all_times(num_timesteps),
-}
-COND_PROJ = {"random": pipeline.random_cond_proj, "zero": pipeline.zero_cond_proj}
-SOURCES = {
-    "shapes2d": lambda data, seed: shapes2d.Shapes2D(data.size, data.num_images, seed + 1),
-}
 _NUM_PREFETCH = 4  # batches held ready
 
 
@@ -53,17 +30,13 @@ def train(settings: Settings, workdir: Path) -> None:
     mesh.check_rules(**settings.mesh._asdict())
     if settings.eval.judge:
         evaluate.judge_params(settings)
-    teacher = hub.find(
-        settings.teacher.model, settings.teacher.revision, settings.teacher.variant,
-        settings.teacher.config,
-    )  # fmt: skip
-    cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
-    student_config = pipeline.student_config(teacher.unet.config, settings.student.gamma_dim)
+    teacher = experiment.teacher(settings)
+    student = experiment.student(settings, teacher.unet)
     tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
-    dataset = _dataset(settings, tokens)
-    nets = _nets(settings, teacher, student_config)
+    dataset = experiment.dataset(settings, tokens)
+    nets = experiment.nets(settings, teacher, student.config)
     adamw = optimizer.adamw(**settings.optimizer._asdict())
-    method = _method(settings.distill, teacher.scheduler)
+    method = experiment.method(settings.distill, teacher.scheduler)
     devices = mesh.make(settings.mesh.axes)
     mesh.check_batch(settings.batch_size, devices.shape["data"], settings.accumulate)
     folder.start(workdir, as_dict(settings))
@@ -74,8 +47,7 @@ def train(settings: Settings, workdir: Path) -> None:
             key = jax.device_put(jax.random.key(settings.seed), everywhere)
             train_key, samples_key = jax.random.split(key)
             teacher = pretrained.load(teacher, place=mesh.placer(devices, settings.mesh.rules))
-            rng = np.random.default_rng(settings.seed)
-            student = pipeline.student_of(teacher.unet, settings.student.gamma_dim, cond_proj, rng)
+            student = experiment.student(settings, teacher.unet)
             frozen = _frozen(settings, teacher, tokens, everywhere)
             draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
 
@@ -132,10 +104,7 @@ def train(settings: Settings, workdir: Path) -> None:
         with log.phase(progress, "writing the student"):
             # The target, not the student: the average over steps is the better model.
             unet = student._replace(params=jax.device_get(now.target))
-            student = student_folder.student(
-                teacher, unet, original_inference_steps=settings.distill.num_subpaths
-            )
-            pretrained.write(workdir / "student", student)
+            student = _write_student(settings, workdir, teacher, unet)
         with log.phase(progress, "evaluating"):
             table = evaluate.report(workdir, teacher, student, settings)
     print(table)
@@ -155,71 +124,10 @@ def _steps_done(settings: Settings, workdir: Path) -> int:
     return done
 
 
-def _choose(choices: dict[str, Any], key: str, name: str) -> Any:
-    if name not in choices:
-        raise UserError(f"config.{key} {name!r} is not known; there are {', '.join(choices)}")
-    return choices[name]
-
-
-def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
-    """The choice of that name, called with the numbers that follow it."""
-    name, *numbers = call or ("",)
-    make = _choose(choices, key, name)
-    wanted = tuple(inspect.signature(make).parameters)
-    if len(numbers) != len(wanted) or not all(isinstance(n, (int, float)) for n in numbers):
-        raise UserError(f"config.{key} {call} must be {(name, *wanted)} with numbers")
-    return make(*map(float, numbers))
-
-
-def _image_folder(data: Data, seed: int) -> sources.ImageFolder:
-    del seed
-    return sources.ImageFolder(Path(data.source), data.size, data.num_images)
-
-
-def _dataset(settings: Settings, tokens: text_inputs.Tokenizers):
-    data = settings.data
-    source = SOURCES.get(data.source, _image_folder)(data, settings.seed)
-    return batches.batches(
-        source, batch_size=settings.batch_size, seed=settings.seed,
-        transform=partial(batches.decode, tokens),
-    )  # fmt: skip
-
-
-def _nets(settings: Settings, teacher: pretrained.Pretrained, student_config: dict) -> step.Nets:
-    frozen_dtype = pipeline.dtype(settings.teacher.dtype)
-    pipeline.latent_shape(teacher, settings.data.size)
-    return step.Nets(
-        student=pipeline.student(
-            student_config, pipeline.dtype(settings.student.dtype), settings.student.remat
-        ),
-        teacher=pipeline.teacher(teacher.unet.config, frozen_dtype),
-        encode_image=pipeline.encode_image(teacher.vae.config, frozen_dtype),
-        encode_text=pipeline.encode_text(teacher, frozen_dtype),
-    )
-
-
-def _method(distill: Distill, scheduler: dict) -> loss.Method:
-    levels = schedule.from_config(scheduler)
-    times = _choose(TIMES, "distill.times", distill.times)
-    return loss.checked(
-        loss.Method(
-            schedule=levels,
-            prediction=parameterization.prediction_from_config(scheduler),
-            times=times(distill.num_subpaths, levels.alpha.size),
-            length=distill.length,
-            stride=distill.stride,
-            w=distill.w,
-            sigma=_choose(SIGMAS, "distill.sigma", distill.sigma),
-            distance=_build(DISTANCES, "distill.distance", distill.distance),
-            gamma_law=_build(GAMMA_LAWS, "distill.gamma", distill.gamma),
-        )
-    )
-
-
 def _frozen(
     settings: Settings, teacher: pretrained.Pretrained, tokens: text_inputs.Tokenizers, everywhere
 ) -> state.Frozen:
-    empty = jax.device_put(tokens.encode([""], _image_size(settings)), everywhere)
+    empty = jax.device_put(tokens.encode([""], experiment.image_size(settings)), everywhere)
     encode = pipeline.encode_null_text(teacher, pipeline.dtype(settings.teacher.dtype))
     text_encoder = pipeline.text_params(teacher)
     # SDXL's zeros depend on no argument, so that nothing else would tell where they lie.
@@ -227,15 +135,11 @@ def _frozen(
     return state.Frozen(teacher.unet.params, teacher.vae.params, text_encoder, null_text)
 
 
-def _image_size(settings: Settings) -> tuple[int, int]:
-    return settings.data.size, settings.data.size
-
-
 def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_key):
     """target parameters -> images [prompts, 2, H, W, 3], the teacher's and the student's."""
     prompts, num_steps = list(settings.eval.prompts), settings.eval.student_steps
     command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
-    encoded = tokens.encode(prompts, _image_size(settings))
+    encoded = tokens.encode(prompts, experiment.image_size(settings))
     text = jax.jit(nets.encode_text)(frozen.text_encoder, encoded)
     shape = pipeline.latent_shape(teacher, settings.data.size)
     noise = jax.random.normal(samples_key, (num_steps, len(prompts), *shape))
@@ -244,7 +148,7 @@ def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_k
     decode = pipeline.decode(teacher.vae.config, pipeline.dtype(settings.teacher.dtype))
     shared = (decode, method.schedule, method.prediction)
     original_steps = settings.distill.num_subpaths
-    few_step = jax.jit(pipeline.few_step(nets.student, *shared, num_steps, original_steps))
+    few_step = pipeline.few_step(nets.student, *shared, num_steps, original_steps)
     ddim = jax.jit(
         pipeline.ddim(nets.teacher, *shared, settings.eval.teacher_steps, original_steps, method.w)
     )
@@ -254,8 +158,12 @@ def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_k
         drawn = ddim(frozen.teacher, frozen.vae, text, frozen.null_text, x_T)
         return jax.device_get(drawn)
 
+    @jax.jit
+    def student_images(teacher_params, target, vae, text, noise) -> jax.Array:
+        return few_step(nets.student_params(teacher_params, target), vae, text, noise)
+
     def draw(target) -> np.ndarray:
-        drawn = jax.device_get(few_step(target, frozen.vae, text, noise))
+        drawn = jax.device_get(student_images(frozen.teacher, target, frozen.vae, text, noise))
         return np.stack([teacher_images(), drawn], axis=1)
 
     return draw
@@ -279,3 +187,14 @@ def _write_samples(journal: log.Log, workdir: Path, number: int, drawn: np.ndarr
     pixels = images.grid(drawn)
     folder.write_atomic(workdir / "samples" / f"step_{number:06d}.png", images.png(pixels))
     log.picture(journal, number, "teacher and student", pixels)
+
+
+def _write_student(settings: Settings, workdir: Path, teacher, trained) -> pretrained.Pretrained:
+    """Writes and returns student/, for a LoRA as a plain UNet; and the LoRA itself beside it."""
+    unet, additions = experiment.shipped(settings, teacher.unet, trained)
+    if additions is not None:
+        lora_file.write(workdir / "student_lora", additions)
+    num_subpaths = settings.distill.num_subpaths
+    student = student_folder.student(teacher, unet, original_inference_steps=num_subpaths)
+    pretrained.write(workdir / "student", student)
+    return student

@@ -53,6 +53,16 @@ VALUES = {
     "dtype": (["--config.student.dtype=int8"], "'int8'.*float32, bfloat16"),
     "cond_proj": (["--config.student.cond_proj=ones"], "'ones'.*random, zero"),
     "gamma_dim": (["--config.student.gamma_dim=7"], "gamma_dim 7 must be even"),
+    "lora_target": (
+        ["--config.student.lora.rank=4", "--config.student.lora.targets=('to_q','to_x')"],
+        "'to_x' matches no module; there are conv_in",
+    ),
+    "lora_rank": (["--config.student.lora.rank=-1"], r"student\.lora\.rank=-1 must be at least 0"),
+    "lora_alpha": (["--config.student.lora.alpha=0.0"], r"student\.lora\.alpha=0\.0 must be pos"),
+    "lora_none": (
+        ["--config.student.lora.rank=4", "--config.student.lora.targets=()"],
+        "targets is empty",
+    ),
     "source": (["--config.data.source=laion"], "'laion'.*shapes2d"),
     "size": (["--config.data.size=31"], "size=31.*32 or 64"),
     "mesh": (["--config.mesh.rules=(('.*',('model',)),)"], "names the axis 'model'"),
@@ -169,6 +179,11 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
         "sample_hub": (["--model=no/such", known[1], prompt], "no/such.*HF_HUB_OFFLINE"),
         "sample_revision": ([*known, prompt, "--revision=v1"], "revision 'v1' is for models"),
         "sample_noise": ([*known, prompt, "--noise=/no.npy"], "cannot read --noise /no.npy"),
+        "sample_lora": (
+            [*known, prompt, "--lora=a.safetensors"],
+            "a.safetensors must be FILE:SCALE",
+        ),
+        "sample_lora_file": ([*known, prompt, "--lora=/no.safetensors:1"], "cannot read /no.safet"),
         "sample_steps": ([*known, prompt, "--steps=0"], "0 sampling steps at strength 1.0: there"),
     }
 

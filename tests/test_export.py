@@ -1,6 +1,8 @@
 """Exports of a run's checkpoint: what torch loads draws what our sampler draws."""
 
 import json
+import re
+import runpy
 from pathlib import Path
 
 import diffusers
@@ -12,13 +14,13 @@ import torch
 from absl import flags
 from diffusers.schedulers import scheduling_lcm
 
-from slam_jax import export, pipeline, settings
+from slam_jax import experiment, export, pipeline, settings, students
 from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.distill import state
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint
-from slam_jax.weights import pretrained
+from slam_jax.weights import lora, pretrained
 from slam_jax.weights import student as student_folder
 
 ROOT = Path(__file__).parents[1]
@@ -47,17 +49,19 @@ def tiny_v_folder(tiny_folder, tmp_path_factory):
     return folder
 
 
-def _run_of(teacher_folder, workdir):
-    module = {}
-    exec((ROOT / "configs" / "tiny.py").read_text(), module)
-    config = module["get_config"]().to_dict()
-    config["teacher"]["model"] = str(teacher_folder)
+def _config(teacher):
+    config = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]().to_dict()
+    config["teacher"]["model"] = str(teacher)
     config["student"]["gamma_dim"] = 8
-    (workdir / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def _run_of(teacher_folder, workdir):
+    (workdir / "config.json").write_text(json.dumps(_config(teacher_folder)))
     teacher = pretrained.read(teacher_folder)
     trees = [
-        pipeline.student_of(
-            teacher.unet, 8, pipeline.random_cond_proj, np.random.default_rng(seed)
+        students.student_of(
+            teacher.unet, 8, students.random_cond_proj, np.random.default_rng(seed)
         ).params
         for seed in (0, 1)
     ]
@@ -73,8 +77,8 @@ def _export(run, out, *arguments):
         export.main()
     finally:
         flags.FLAGS.unparse_flags()
-        for name in ("format", "dtype", "weights", "overwrite"):
-            flags.FLAGS[name].value = flags.FLAGS[name].default
+        for name in ("format", "dtype", "weights", "overwrite", "extract_lora"):
+            flags.FLAGS[name].unparse()
 
 
 def _ours(run, noise):
@@ -134,6 +138,62 @@ def test_torch_draws_the_same_images_from_every_format(run, noise, tmp_path, mon
     )  # fmt: skip
     pipe.scheduler = _load(tmp_path / "diffusers-folded").scheduler
     assert np.abs(ours - _theirs(pipe, noise, monkeypatch)).max() <= 2e-4
+
+
+def test_a_lora_run_is_exported_in_every_format(tiny_folder, noise, tmp_path, monkeypatch):
+    """A LoRA on the teacher, and the teacher with it merged, in torch: the same images."""
+    workdir, teacher = tmp_path / "run", pretrained.read(tiny_folder)
+    workdir.mkdir()
+    config = _config(tiny_folder)
+    config["student"]["lora"] = {"rank": 2, "alpha": 3.0, "targets": ("to_.*", "conv.*")}
+    (workdir / "config.json").write_text(json.dumps(config))
+    trained = experiment.student(settings.from_config(config), teacher.unet).params
+    rng = np.random.default_rng(0)
+    trained = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), trained)
+    with checkpoint.manager(workdir / "checkpoints", keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 7, state.init(trained, optax.adam(1e-3)))
+
+    run = (workdir,)
+    _export(run, tmp_path / "lora", "--format=lora", "--dtype=float32")
+    _export(run, tmp_path / "merged", "--dtype=float32")
+    _export(run, tmp_path / "one.safetensors", "--format=single-file", "--dtype=float32")
+    pipe = _load(tiny_folder)
+    pipe.scheduler = _load(tmp_path / "merged").scheduler
+    plain = _theirs(pipe, noise, monkeypatch)
+    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.fuse_lora()
+    fused = _theirs(pipe, noise, monkeypatch)
+    assert np.abs(fused - plain).max() > 0.01
+    assert np.abs(fused - _theirs(_load(tmp_path / "merged"), noise, monkeypatch)).max() <= 2e-4
+    read_back = pretrained.read(tmp_path / "one.safetensors", config=tmp_path / "merged").unet
+    expected = pretrained.read(tmp_path / "merged").unet.params
+    jax.tree.map(np.testing.assert_array_equal, read_back.params, expected)
+
+
+def test_a_lora_is_extracted_from_a_full_student(sd1_run, noise, tmp_path, capsys):
+    with pytest.raises(UserError, match="give --extract_lora RANK"):
+        _export(sd1_run, tmp_path / "lora", "--format=lora")
+    _export(sd1_run, tmp_path / "lora", "--format=lora", "--extract_lora=2", "--dtype=float32")
+    # Nothing but the gamma layer was drawn anew, which folds into a bias; the sinusoids of so small a
+    # network sum to 1 only nearly (tests/weights/test_lora_svd.py).
+    assert re.search(r" 99.\d\d% time_embedding.linear_1.bias\n", capsys.readouterr().out)
+    teacher = sd1_run[1]
+    with_lora = lora.apply(teacher, tmp_path / "lora" / lora.KOHYA_FILE, 1.0)
+    plain = pipeline.teacher(teacher.unet.config, np.float32)
+    folded = students.fold_gamma(
+        teacher.unet._replace(
+            config={**teacher.unet.config, "time_cond_proj_dim": 8}, params=sd1_run[2][1]
+        )
+    )
+    text = np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32)
+    inputs = (noise[0], np.array([999, 19]), text)
+    base, ours, expected = (
+        jax.jit(plain)(params, *inputs)
+        for params in (teacher.unet.params, with_lora.unet.params, folded.params)
+    )
+    change = np.abs(base - expected).max()
+    assert change > 1e-3
+    assert np.abs(ours - expected).max() < 0.1 * change
 
 
 def test_half_precision_is_within_a_level_of_eight_bits(sd1_run, noise, tmp_path, monkeypatch):
@@ -202,10 +262,6 @@ def test_the_name_must_suit_the_format(sd1_run, tmp_path, out, form, message):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="config.json.*training run"):
         _export((tmp_path,), tmp_path / "x")
-    module = {}
-    exec((ROOT / "configs" / "tiny.py").read_text(), module)
-    config = settings.as_dict(settings.from_config(module["get_config"]().to_dict()))
-    config["teacher"]["model"] = str(ROOT / "assets" / "tiny_sd")
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(_config(ROOT / "assets" / "tiny_sd")))
     with pytest.raises(UserError, match="no checkpoint yet"):
         _export((tmp_path,), tmp_path / "x")

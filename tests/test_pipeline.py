@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from slam_jax import evaluate, pipeline
+from slam_jax import evaluate, pipeline, students
 from slam_jax.data import text_inputs
 from slam_jax.errors import UserError
-from slam_jax.nets import vae
+from slam_jax.nets import lora, vae
+from slam_jax.weights import lora as lora_file
 from slam_jax.weights import pretrained, translate
+from slam_jax.weights import student as student_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_decode_undoes_the_scaling_and_stays_in_range(model):
 
 
 def test_student_with_zero_cond_proj_is_the_teacher(model):
-    student = pipeline.student_of(model.unet, 8, pipeline.zero_cond_proj, np.random.default_rng(0))
+    student = students.student_of(model.unet, 8, students.zero_cond_proj, np.random.default_rng(0))
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     text = jax.random.normal(jax.random.key(1), (2, 5, 16))
     t, gamma = jnp.array([999, 19]), jnp.array([0.3, 1.0]).reshape(2, 1, 1, 1)
@@ -54,8 +56,8 @@ def test_student_with_zero_cond_proj_is_the_teacher(model):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
     # With torch's default weights in that layer, gamma makes a difference.
-    student = pipeline.student_of(
-        model.unet, 8, pipeline.random_cond_proj, np.random.default_rng(0)
+    student = students.student_of(
+        model.unet, 8, students.random_cond_proj, np.random.default_rng(0)
     )
     assert jnp.abs(call(student.params, x, t, text, gamma) - theirs).max() > 1e-3
     assert "cond_proj" not in model.unet.params["time_embedding"]
@@ -66,13 +68,13 @@ def relative_error(one, other) -> float:
 
 
 def test_folded_gamma_is_gamma_one(model):
-    student = pipeline.student_of(
-        model.unet, 256, pipeline.random_cond_proj, np.random.default_rng(0)
+    student = students.student_of(
+        model.unet, 256, students.random_cond_proj, np.random.default_rng(0)
     )
-    folded = pipeline.fold_gamma(student)
+    folded = students.fold_gamma(student)
     assert "time_cond_proj_dim" not in folded.config
     assert student.config["time_cond_proj_dim"] == 256
-    assert pipeline.fold_gamma(folded) is folded
+    assert students.fold_gamma(folded) is folded
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     text = jax.random.normal(jax.random.key(1), (2, 5, 16))
     t, one = jnp.array([999, 259]), jnp.ones((2, 1, 1, 1))
@@ -104,7 +106,7 @@ def test_folded_gamma_is_gamma_one(model):
 def test_random_cond_proj_is_drawn_as_torch_draws_it():
     torch.manual_seed(0)
     theirs = torch.nn.Linear(256, 320, bias=False).weight.detach().numpy()
-    ours = pipeline.random_cond_proj(np.random.default_rng(0), (256, 320))
+    ours = students.random_cond_proj(np.random.default_rng(0), (256, 320))
     assert ours.shape == theirs.T.shape and ours.dtype == np.float32
     levels = np.linspace(0, 1, 11)
     np.testing.assert_allclose(
@@ -113,9 +115,9 @@ def test_random_cond_proj_is_drawn_as_torch_draws_it():
 
 
 def test_student_is_no_teacher(model):
-    student = pipeline.student_of(model.unet, 8, pipeline.zero_cond_proj, np.random.default_rng(0))
+    student = students.student_of(model.unet, 8, students.zero_cond_proj, np.random.default_rng(0))
     with pytest.raises(UserError, match="student already"):
-        pipeline.student_of(student, 8, pipeline.zero_cond_proj, np.random.default_rng(0))
+        students.student_of(student, 8, students.zero_cond_proj, np.random.default_rng(0))
 
 
 def test_image_size_must_suit_the_vae(model):
@@ -164,3 +166,37 @@ def test_evaluation_cuts_any_text_into_batches():
 
     np.testing.assert_array_equal(evaluate._in_batches(sample, text, noise, 2), [0, 2, 4, 6, 8])
     assert sizes == [2, 2, 1]
+
+
+def test_lora_student_at_gamma_1_is_the_plain_unet_with_the_lora_merged(model):
+    """Bit for bit, whatever the gamma layer has become; and gamma below 1 is seen."""
+    rng = np.random.default_rng(0)
+    student = students.student_of(model.unet, 8, students.random_cond_proj, rng)
+    trained = students.lora_of(model.unet, student, ["to_q", "conv.*"], 2, rng)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), trained.params
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    text = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    t = jnp.array([999, 19])
+    call = jax.jit(pipeline.lora_student(trained.config, jnp.float32, remat=False))
+    at_one, below = (
+        call(lora.merge(model.unet.params, params, 0.5), x, t, text, jnp.full((2, 1, 1, 1), gamma))
+        for gamma in (1.0, 0.9)
+    )
+    merged = lora_file.merged(model.unet, lora_file.baked(params, 0.5))
+    assert "cond_proj" not in merged.params["time_embedding"]
+    plain = jax.jit(pipeline.student(model.unet.config, jnp.float32, remat=False))(
+        merged.params, x, t, text, jnp.full((2, 1, 1, 1), 0.3)
+    )
+    np.testing.assert_allclose(at_one, plain, rtol=0, atol=1e-6)
+    assert jnp.abs(below - at_one).max() > 1e-2
+    teacher = jax.jit(pipeline.teacher(model.unet.config, jnp.float32))
+    assert jnp.abs(teacher(model.unet.params, x, t, text) - at_one).max() > 1e-2
+
+
+def test_few_step_students_are_known_by_scheduler_or_gamma(model):
+    student = students.student_of(model.unet, 8, students.zero_cond_proj, np.random.default_rng(0))
+    assert not students.is_student(model)
+    assert students.is_student(model._replace(unet=student))
+    assert students.is_student(student_folder.student(model, model.unet))

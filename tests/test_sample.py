@@ -14,9 +14,10 @@ from diffusers.schedulers import scheduling_lcm
 from jax.sharding import Mesh
 from PIL import Image
 
-from slam_jax import pipeline, sample
+from slam_jax import sample, students
+from slam_jax.nets import lora as lora_tree
 from slam_jax.runtime import mesh
-from slam_jax.weights import pretrained
+from slam_jax.weights import lora, pretrained
 from slam_jax.weights import student as student_folder
 
 PROMPTS = ["a red circle above a blue square", "a cat", "an orange cross"]
@@ -32,7 +33,7 @@ def teacher_folder(request):
 def student(teacher_folder, tmp_path_factory):
     """A student folder as training writes it."""
     teacher = pretrained.read(teacher_folder)
-    unet = pipeline.student_of(teacher.unet, 8, pipeline.random_cond_proj, np.random.default_rng(0))
+    unet = students.student_of(teacher.unet, 8, students.random_cond_proj, np.random.default_rng(0))
     folder = tmp_path_factory.mktemp("student") / "student"
     pretrained.write(folder, student_folder.student(teacher, unet))
     return folder
@@ -55,8 +56,8 @@ def _run(tmp_path, monkeypatch, *arguments):
     ])  # fmt: skip
     sample.main()
     flags.FLAGS.unparse_flags()
-    for name in ("init_image", "strength", "w"):
-        flags.FLAGS[name].value = flags.FLAGS[name].default
+    for name in ("init_image", "strength", "w", "lora"):
+        flags.FLAGS[name].unparse()
     return np.load(tmp_path / "out.npy")
 
 
@@ -70,17 +71,46 @@ def _torch_pipeline(folder):
     return pipe
 
 
-def test_student_images_equal_diffusers(student, noise, tmp_path, monkeypatch):
-    drawn = _run(tmp_path, monkeypatch, f"--model={student}")
+def _few_steps(pipe, noise, monkeypatch):
+    """diffusers' images from the same noise."""
     channels_first = torch.tensor(noise).permute(0, 1, 4, 2, 3)
     fresh = iter(channels_first[1:])
     monkeypatch.setattr(scheduling_lcm, "randn_tensor", lambda *_, **__: next(fresh))
-    theirs = _torch_pipeline(student)(
+    return pipe(
         PROMPTS, num_inference_steps=STEPS, guidance_scale=1.0, latents=channels_first[0],
         output_type="np",
     ).images  # fmt: skip
+
+
+def test_student_images_equal_diffusers(student, noise, tmp_path, monkeypatch):
+    drawn = _run(tmp_path, monkeypatch, f"--model={student}")
+    theirs = _few_steps(_torch_pipeline(student), noise, monkeypatch)
     assert drawn.dtype == np.float32 and drawn.shape == (3, 32, 32, 3)
     np.testing.assert_allclose(drawn, theirs, atol=2e-4)
+
+
+def test_plain_student_with_two_loras_equals_diffusers(tiny_folder, noise, tmp_path, monkeypatch):
+    """A UNet without gamma layer is a student where its scheduler is LCM's, as a LoRA run ends."""
+    model = pretrained.read(tiny_folder)
+    pretrained.write(tmp_path / "plain", student_folder.student(model, model.unet))
+    pipe = _torch_pipeline(tmp_path / "plain")
+    arguments = []
+    for seed, (name, scale) in enumerate([("one", 0.8), ("two", -0.5)]):
+        rng = np.random.default_rng(seed)
+        tree = lora_tree.init(rng, model.unet.params, ["to_q", "conv1"], 2)
+        tree = jax.tree.map(lambda leaf, rng=rng: rng.normal(0, 0.2, leaf.shape), tree)
+        lora.write(tmp_path / name, tree, dtype=np.float32)
+        pipe.load_lora_weights(tmp_path / name)
+        pipe.fuse_lora(lora_scale=scale)
+        pipe.unload_lora_weights()
+        arguments.append(f"--lora={tmp_path}/{name}/{lora.KOHYA_FILE}:{scale}")
+    theirs = _few_steps(pipe, noise, monkeypatch)
+    drawn, without = (
+        _run(tmp_path, monkeypatch, f"--model={tmp_path}/plain", *extra)
+        for extra in (arguments, ())
+    )
+    np.testing.assert_allclose(drawn, theirs, atol=2e-4)
+    assert np.abs(drawn - without).max() > 0.01
 
 
 def test_teacher_images_equal_diffusers_ddim(teacher_folder, noise, tmp_path, monkeypatch):

@@ -24,9 +24,8 @@ def test_every_config_is_complete(path):
 
 
 def test_every_setting_is_read():
-    source = "".join(
-        (ROOT / "slam_jax" / f"{name}.py").read_text() for name in ("train", "evaluate")
-    )
+    modules = ("train", "evaluate", "experiment")
+    source = "".join((ROOT / "slam_jax" / f"{name}.py").read_text() for name in modules)
     unread = []
     for group, kind in settings.Settings.__annotations__.items():
         if f"**settings.{group}._asdict()" in source:
@@ -60,8 +59,13 @@ def test_values_of_other_types_are_refused(group, key, value):
         settings.from_config(config)
 
 
-def test_prompts_are_strings():
+@pytest.mark.parametrize("key", ["eval.prompts", "student.lora.targets"])
+def test_texts_are_strings(key):
     config = _config()
-    config["eval"]["prompts"] = ("a cat", 3)
-    with pytest.raises(UserError, match="must be strings"):
+    *groups, name = key.split(".")
+    group = config
+    for each in groups:
+        group = group[each]
+    group[name] = ("a cat", 3)
+    with pytest.raises(UserError, match=rf"config\.{re.escape(key)}=.* must be strings"):
         settings.from_config(config)

@@ -17,8 +17,8 @@ class TrainState:
     """All that is checkpointed. Parameters and moments are float32; step is a scalar int32."""
 
     step: Any
-    student: Params
-    target: Params
+    student: Params  # what is trained of it: all, or a LoRA
+    target: Params  # the same parts
     opt_state: Any
 
 

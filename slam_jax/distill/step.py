@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from slam_jax.distill import loss
 from slam_jax.distill.loss import Method
-from slam_jax.distill.state import Frozen, TrainState
+from slam_jax.distill.state import Frozen, Params, TrainState
 from slam_jax.shapes import PRNGKey
 
 # Microbatches of B examples: "image" in [-1, 1], "input_ids", and whatever else encode_text reads.
@@ -23,9 +23,15 @@ class Nets(NamedTuple):
     """The networks as pure functions of their parameters (pipeline.py)."""
 
     student: Callable  # (params, x, t, text, gamma) -> raw output
+    student_params: Callable  # (teacher's params, trained params) -> all of the student's
     teacher: Callable  # (params, x, t, text) -> raw output
     encode_image: Callable  # (params, image, key) -> scaled latent
     encode_text: Callable  # (params, batch) -> text
+
+
+def all_trained(_teacher: Params, trained: Params) -> Params:
+    """Nets.student_params where all of the student's parameters are trained."""
+    return trained
 
 
 def train_step(
@@ -77,8 +83,12 @@ def _mean_loss(nets, method, frozen, target, progress, student, microbatch, key)
     x_0 = nets.encode_image(frozen.vae, microbatch["image"], posterior_key)
     text = nets.encode_text(frozen.text_encoder, microbatch)
     draw = loss.draw_subpath(draw_key, x_0, method, progress)
+    student_net, target_net = (
+        partial(nets.student, nets.student_params(frozen.teacher, trained))
+        for trained in (student, target)
+    )
     per_example = loss.slam_loss(
-        partial(nets.student, student), partial(nets.student, target),
-        partial(nets.teacher, frozen.teacher), method, x_0, text, frozen.null_text, draw,
+        student_net, target_net, partial(nets.teacher, frozen.teacher),
+        method, x_0, text, frozen.null_text, draw,
     )  # fmt: skip
     return jnp.mean(per_example)

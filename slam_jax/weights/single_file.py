@@ -52,7 +52,7 @@ def write(
 ) -> None:
     """Write the weights of `model` as one file that A1111, ComfyUI and diffusers load.
 
-    Its UNet takes no gamma: see pipeline.fold_gamma. dtype: in the file; None writes the weights
+    Its UNet takes no gamma: see students.fold_gamma. dtype: in the file; None writes the weights
     as they are. A file of that name is replaced, at once and only when the new one is complete.
     """
     path = Path(file).absolute()

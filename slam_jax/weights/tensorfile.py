@@ -58,6 +58,12 @@ class Stored:
         array = flat.reshape([self.shape[axis] for axis in axes]).transpose(np.argsort(axes))
         return np.array(array, dtype=dtype, copy=copy)
 
+    def number(self) -> float:
+        """The one number in it, which may be an integer: a LoRA's alpha."""
+        stored_as = {**_DTYPES, "I64": np.int64, "I32": np.int32}[self.dtype]
+        ((start, _),) = self._runs
+        return float(np.frombuffer(self._bytes, stored_as, 1, start)[0])
+
     def forget(self) -> None:
         """Gives back the memory in which the system holds these bytes of the file for us."""
         self._advise(mmap.MADV_DONTNEED)
@@ -144,6 +150,11 @@ def transposed(stored: Stored) -> Stored:
     """A stored tensor's transpose, still in the file."""
     axes = tuple(reversed(range(len(stored.shape))))
     return dataclasses.replace(stored, shape=stored.shape[::-1], _axes=axes)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file, which `read` has read, holds beside its tensors."""
+    return safetensors.safe_open(path, framework="numpy").metadata() or {}
 
 
 def write(

@@ -10,6 +10,7 @@ import pytest
 
 from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, optimizer, state, step
+from slam_jax.nets import lora
 from slam_jax.runtime import mesh
 
 SCHEDULE = schedule.from_config(
@@ -34,11 +35,12 @@ ACCUMULATE = 2
 def _net(params, x, t, text, *gamma):
     time = jnp.sin(t.astype(jnp.float32))[:, None, None, None] * params["time"]
     words = jnp.mean(text, axis=(1, 2))[:, None, None, None] * params["text"]
-    return x @ params["kernel"] + time + words + sum(gamma) * params["gamma"]
+    return x @ params["proj"]["kernel"] + time + words + sum(gamma) * params["gamma"]
 
 
 NETS = step.Nets(
     student=_net,
+    student_params=step.all_trained,
     teacher=_net,
     encode_image=lambda params, image, key: (
         image[:, ::2, ::2] * params + 0.1 * jax.random.normal(key, image[:, ::2, ::2].shape)
@@ -47,11 +49,15 @@ NETS = step.Nets(
 )
 
 
+# Trained are additions of rank 2 to the teacher's kernel, and a gamma layer of its own.
+LORA_NETS = NETS._replace(student_params=partial(lora.merge, scale=0.5))
+
+
 def _params(seed):
     kernel_key, bias_key = jax.random.split(jax.random.key(seed))
     biases = jax.random.normal(bias_key, (3,))
     return {
-        "kernel": jax.random.normal(kernel_key, (3, 3)),
+        "proj": {"kernel": jax.random.normal(kernel_key, (3, 3))},
         "time": biases[0], "text": biases[1], "gamma": biases[2],
     }  # fmt: skip
 
@@ -70,13 +76,25 @@ def _inputs():
     return start, frozen, batch, jax.random.key(7)
 
 
-def _step(num_devices):
+def _lora_start():
+    down_key, up_key = jax.random.split(jax.random.key(5))
+    trained = {
+        "proj": {
+            "lora_down": {"kernel": jax.random.normal(down_key, (3, 2))},
+            "lora_up": {"kernel": 0.1 * jax.random.normal(up_key, (2, 3))},
+        },
+        "gamma": jnp.float32(0.3),
+    }
+    return state.init(trained, ADAMW).replace(step=jnp.int32(3))
+
+
+def _step(num_devices, nets=NETS):
     """The step as the driver compiles it: (state, frozen, host batch, key) -> (state, metrics)."""
     devices = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     everywhere = mesh.replicated(devices)
     run = jax.jit(
         partial(
-            step.train_step, nets=NETS, method=METHOD, optimizer=ADAMW, ema_rate=0.9, num_steps=10
+            step.train_step, nets=nets, method=METHOD, optimizer=ADAMW, ema_rate=0.9, num_steps=10
         ),
         out_shardings=everywhere,
     )
@@ -112,12 +130,27 @@ def test_student_moves_and_target_follows_by_its_rate(one_device):
     }  # fmt: skip
 
 
-def test_update_is_that_of_the_mean_gradient(one_device):
-    """Against the plain mean over microbatches, each with its own key; 3 of 10 steps are done."""
-    start, frozen, batch, key = _inputs()
-    _, metrics = one_device(start, frozen, batch, key)
+def _merged_by_hand(teacher, trained):
+    halves = trained["proj"]
+    added = 0.5 * halves["lora_down"]["kernel"] @ halves["lora_up"]["kernel"]
+    kernel = teacher["proj"]["kernel"] + added
+    return {**teacher, "proj": {"kernel": kernel}, "gamma": trained["gamma"]}
 
-    def mean_loss(student):
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_update_is_that_of_the_mean_gradient(with_lora, one_device, one_lora_device):
+    """Against the plain mean over microbatches, each with its own key; 3 of 10 steps are done.
+
+    The teacher stays the base alone: elsewhere the adapters were left on (diffusers #6351).
+    """
+    start, frozen, batch, key = _inputs()
+    run, whole = one_device, step.all_trained
+    if with_lora:
+        start, run, whole = _lora_start(), one_lora_device, _merged_by_hand
+    _, metrics = run(start, frozen, batch, key)
+
+    def mean_loss(trained):
+        student, target = (whole(frozen.teacher, each) for each in (trained, start.target))
         total = 0.0
         for number in range(ACCUMULATE):
             part = {
@@ -129,7 +162,7 @@ def test_update_is_that_of_the_mean_gradient(one_device):
             text = NETS.encode_text(frozen.text_encoder, part)
             draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.3)
             total += loss.slam_loss(
-                partial(_net, student), partial(_net, start.target), partial(_net, frozen.teacher),
+                partial(_net, student), partial(_net, target), partial(_net, frozen.teacher),
                 METHOD, x_0, text, frozen.null_text, draw,
             ).mean()  # fmt: skip
         return total / ACCUMULATE
@@ -145,6 +178,29 @@ def test_one_device_equals_four(one_device):
     four, four_metrics = _step(4)(start, frozen, batch, key)
     _assert_close(four_metrics, our_metrics, 1e-4)
     _assert_close(four.target, ours.target, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_lora_device():
+    return _step(1, LORA_NETS)
+
+
+def test_lora_steps_move_the_additions_and_keep_the_teacher(one_lora_device):
+    """The same on 4 devices; the state holds nothing of the base."""
+    _, frozen, batch, key = _inputs()
+    teacher = jax.device_get(frozen.teacher)
+    start = _lora_start()
+    one, four, on_four = start, start, _step(4, LORA_NETS)
+    for _ in range(3):
+        one, _ = one_lora_device(one, frozen, batch, key)
+        four, _ = on_four(four, frozen, batch, key)
+    jax.tree.map(np.testing.assert_array_equal, frozen.teacher, teacher)
+    for moved, before in ((one.student, start.student), (one.target, start.target)):
+        distances = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), moved, before)
+        assert all(distance > 0 for distance in jax.tree.leaves(distances)), distances
+    _assert_close(four.target, one.target, 1e-5)
+    # Student, target and both moments; the step and the optimizer's two counters.
+    assert sum(leaf.size for leaf in jax.tree.leaves(one)) == 4 * (3 * 2 + 2 * 3 + 1) + 3
 
 
 def test_randomness_depends_on_the_step_alone(one_device):

@@ -1,0 +1,148 @@
+"""What the settings stand for: teacher, data, networks and loss of an experiment."""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from slam_jax import pipeline, students
+from slam_jax.data import batches, shapes2d, sources, text_inputs
+from slam_jax.diffusion import parameterization, schedule, solver, subpath
+from slam_jax.distill import gamma, loss, step
+from slam_jax.errors import UserError
+from slam_jax.nets import lora
+from slam_jax.settings import Data, Distill, Settings
+from slam_jax.weights import hub, pretrained
+from slam_jax.weights import lora as lora_file
+
+# Names in a config -> what they stand for; those with numbers after the name are called with them.
+GAMMA_LAWS = {
+    "uniform": lambda: gamma.uniform,
+    "ones": lambda: gamma.ones,
+    "mixture": gamma.mixture,
+    "annealed": gamma.annealed,
+}
+DISTANCES = {"l2": lambda: loss.squared, "huber": loss.pseudo_huber}
+SIGMAS = {
+    "markov": subpath.sigma_markov,
+    "ddim": subpath.sigma_ddim,
+    "fixed": subpath.sigma_fixed,
+}
+TIMES = {
+    "grid": solver.start_grid,
+    "all": lambda num_subpaths, num_timesteps: solver.all_times(num_timesteps),
+}
+COND_PROJ = {"random": students.random_cond_proj, "zero": students.zero_cond_proj}
+SOURCES = {
+    "shapes2d": lambda data, seed: shapes2d.Shapes2D(data.size, data.num_images, seed + 1),
+}
+
+
+def teacher(settings: Settings) -> pretrained.Pretrained:
+    """The model to distil, checked, its parameters still unread: for pretrained.load."""
+    return hub.find(
+        settings.teacher.model, settings.teacher.revision, settings.teacher.variant,
+        settings.teacher.config,
+    )  # fmt: skip
+
+
+def _choose(choices: dict[str, Any], key: str, name: str) -> Any:
+    if name not in choices:
+        raise UserError(f"config.{key} {name!r} is not known; there are {', '.join(choices)}")
+    return choices[name]
+
+
+def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
+    """The choice of that name, called with the numbers that follow it."""
+    name, *numbers = call or ("",)
+    make = _choose(choices, key, name)
+    wanted = tuple(inspect.signature(make).parameters)
+    if len(numbers) != len(wanted) or not all(isinstance(n, (int, float)) for n in numbers):
+        raise UserError(f"config.{key} {call} must be {(name, *wanted)} with numbers")
+    return make(*map(float, numbers))
+
+
+def _image_folder(data: Data, seed: int) -> sources.ImageFolder:
+    del seed
+    return sources.ImageFolder(Path(data.source), data.size, data.num_images)
+
+
+def dataset(settings: Settings, tokens: text_inputs.Tokenizers) -> grain.MapDataset:
+    """Batch n of the run is dataset[n]."""
+    data = settings.data
+    source = SOURCES.get(data.source, _image_folder)(data, settings.seed)
+    return batches.batches(
+        source, batch_size=settings.batch_size, seed=settings.seed,
+        transform=partial(batches.decode, tokens),
+    )  # fmt: skip
+
+
+def student(settings: Settings, teacher: pretrained.Component) -> pretrained.Component:
+    """The student's config, and what is trained of its parameters: all, or a LoRA."""
+    cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
+    rng, chosen = np.random.default_rng(settings.seed), settings.student.lora
+    student = students.student_of(teacher, settings.student.gamma_dim, cond_proj, rng)
+    if not chosen.rank:
+        return student
+    return students.lora_of(teacher, student, chosen.targets, chosen.rank, rng)
+
+
+def shipped(
+    settings: Settings, teacher: pretrained.Component, trained: pretrained.Component
+) -> tuple[pretrained.Component, dict | None]:
+    """The UNet to ship for what was trained; and, of a LoRA run, the additions in it."""
+    if not settings.student.lora.rank:
+        return trained, None
+    additions = lora_file.baked(trained.params, lora_scale(settings))
+    return lora_file.merged(teacher, additions), additions
+
+
+def nets(settings: Settings, teacher: pretrained.Pretrained, student_config: dict) -> step.Nets:
+    """The networks in their dtypes; UserError if the images do not suit the VAE."""
+    frozen_dtype = pipeline.dtype(settings.teacher.dtype)
+    pipeline.latent_shape(teacher, settings.data.size)
+    student_net, student_params = pipeline.student, step.all_trained
+    if settings.student.lora.rank:
+        student_net = pipeline.lora_student
+        student_params = partial(lora.merge, scale=lora_scale(settings))
+    return step.Nets(
+        student=student_net(
+            student_config, pipeline.dtype(settings.student.dtype), settings.student.remat
+        ),
+        student_params=student_params,
+        teacher=pipeline.teacher(teacher.unet.config, frozen_dtype),
+        encode_image=pipeline.encode_image(teacher.vae.config, frozen_dtype),
+        encode_text=pipeline.encode_text(teacher, frozen_dtype),
+    )
+
+
+def method(distill: Distill, scheduler: dict) -> loss.Method:
+    """The loss, on the schedule of the teacher's scheduler_config.json."""
+    levels = schedule.from_config(scheduler)
+    times = _choose(TIMES, "distill.times", distill.times)
+    return loss.checked(
+        loss.Method(
+            schedule=levels,
+            prediction=parameterization.prediction_from_config(scheduler),
+            times=times(distill.num_subpaths, levels.alpha.size),
+            length=distill.length,
+            stride=distill.stride,
+            w=distill.w,
+            sigma=_choose(SIGMAS, "distill.sigma", distill.sigma),
+            distance=_build(DISTANCES, "distill.distance", distill.distance),
+            gamma_law=_build(GAMMA_LAWS, "distill.gamma", distill.gamma),
+        )
+    )
+
+
+def lora_scale(settings: Settings) -> float:
+    """What the product of a LoRA's matrices is multiplied by."""
+    return settings.student.lora.alpha / settings.student.lora.rank
+
+
+def image_size(settings: Settings) -> tuple[int, int]:
+    """Height and width of the training images."""
+    return settings.data.size, settings.data.size
