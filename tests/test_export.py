@@ -174,7 +174,7 @@ def test_a_lora_is_extracted_from_a_full_student(sd1_run, noise, tmp_path, capsy
     with pytest.raises(UserError, match="give --extract_lora RANK"):
         _export(sd1_run, tmp_path / "lora", "--format=lora")
     _export(sd1_run, tmp_path / "lora", "--format=lora", "--extract_lora=2", "--dtype=float32")
-    # Nothing but the gamma layer was drawn anew, which folds into a bias; the sinusoids of so small a
+    # Only the gamma layer was drawn anew, which folds into a bias; the sinusoids of so small a
     # network sum to 1 only nearly (tests/weights/test_lora_svd.py).
     assert re.search(r" 99.\d\d% time_embedding.linear_1.bias\n", capsys.readouterr().out)
     teacher = sd1_run[1]

@@ -72,7 +72,7 @@ def _inputs():
         "image": rng.uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32),
         "input_ids": rng.integers(0, 11, (8, 5)).astype(np.int32),
     }
-    start = state.init(_params(1), ADAMW).replace(step=jnp.int32(3))
+    start = state.init(_params(1), ADAMW).replace(step=jnp.int32(3), target=_params(2))
     return start, frozen, batch, jax.random.key(7)
 
 
@@ -85,7 +85,8 @@ def _lora_start():
         },
         "gamma": jnp.float32(0.3),
     }
-    return state.init(trained, ADAMW).replace(step=jnp.int32(3))
+    target = jax.tree.map(lambda x: 0.5 * x, trained)
+    return state.init(trained, ADAMW).replace(step=jnp.int32(3), target=target)
 
 
 def _step(num_devices, nets=NETS):
