@@ -11,7 +11,7 @@ demo: .venv/run
 	JAX_NUM_CPU_DEVICES=2 $(BIN)/python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 clean:
 	rm -rf .venv runs

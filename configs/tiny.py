@@ -26,7 +26,17 @@ def get_config() -> ConfigDict:
             remat=False,
             cond_proj="zero",
             gamma_dim=256,
-            lora=dict(rank=0, alpha=16.0, targets=(r"attn\d\.to_\w+(\.0)?", "ff.net.*", "conv.*")),
+            # The modules of LCM-LoRA.
+            lora=dict(
+                rank=0,
+                alpha=16.0,
+                targets=(
+                    r"(to|proj)_\w+(\.0)?",
+                    r"ff\.net\..*",
+                    r"conv(\d|_shortcut)?",
+                    "time_emb_proj",
+                ),
+            ),
         )
     )
     config.distill = ConfigDict(

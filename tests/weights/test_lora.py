@@ -288,15 +288,16 @@ def test_what_does_not_fit_is_refused(name, said, model, additions, tmp_path):
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_other_files_are_refused(model, tmp_path):
+def test_other_files_are_refused(model, additions, tmp_path):
     with pytest.raises(UserError, match=r"lora\.pt is not a .safetensors file"):
         lora.apply(model, tmp_path / "lora.pt", 1.0)
     with pytest.raises(UserError, match="cannot read .*No such file"):
         lora.apply(model, tmp_path / "lora.safetensors", 1.0)
-    lora_file = {"unet.conv_in.alpha": np.ones(1, np.float32)}
-    path = tmp_path / "lora.safetensors"
-    safetensors.save_file(lora_file, path, metadata={"lora_adapter_metadata": "{"})
-    with pytest.raises(UserError, match="lacks lora_down"):
+    lora.write(tmp_path, additions)
+    path = tmp_path / lora.DIFFUSERS_FILE
+    tensors = safetensors.load_file(path)
+    safetensors.save_file(tensors, path, metadata={"lora_adapter_metadata": "{"})
+    with pytest.raises(UserError, match="lora_adapter_metadata is not JSON"):
         lora.apply(model, path, 1.0)
 
 
