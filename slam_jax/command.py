@@ -22,7 +22,7 @@ def run(main: Callable[[], None], *, required: tuple[str, ...]) -> None:
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS([underscored(argument) for argument in argv])
     except _CONFIG_ERRORS as error:
         sys.exit(_complain(f"{one_line(error)} (see --help)", 2))
     missing = [f"--{name}" for name in required if flags.FLAGS[name].value is None]
@@ -31,6 +31,14 @@ def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
     if len(rest) > 1:
         sys.exit(_complain(f"unknown argument {rest[1]!r}; flags start with -- (see --help)", 2))
     return rest
+
+
+def underscored(argument: str) -> str:
+    """--init-image=a-b.png -> --init_image=a-b.png, since people type both."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.removeprefix("--").partition("=")
+    return "--" + name.replace("-", "_") + equals + value
 
 
 def _guarded(main: Callable[[], None], _argv: list[str]) -> int:

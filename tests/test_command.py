@@ -12,3 +12,10 @@ def test_a_cut_prompt_is_told_with_what_was_lost(capsys):
 
 def test_an_error_message_of_many_lines_becomes_one():
     assert command.one_line(OSError("no\n  file")) == "OSError: no file"
+
+
+def test_names_of_flags_may_have_dashes():
+    assert command.underscored("--extract-lora=a-b") == "--extract_lora=a-b"
+    assert command.underscored("--init-image") == "--init_image"
+    for unchanged in ("a-b", "-v", "--", "--config.data.source=a-b"):
+        assert command.underscored(unchanged) == unchanged
