@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -188,6 +189,23 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
     }
 
 
+def _export_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
+    run, out = folder / "exported", f"--out={folder}/out"
+    run.mkdir()
+    config = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]().to_dict()
+    (run / "config.json").write_text(json.dumps(config))
+    known = [f"--workdir={run}", out]
+    return {
+        "export_no_run": ([f"--workdir={folder}/none", out], "cannot read .*none/config.json"),
+        "export_no_checkpoint": (known, "holds no checkpoint yet"),
+        "export_exists": ([known[0], f"--out={folder}"], "exists; give another, or --overwrite"),
+        "export_name": ([*known, "--format=single-file"], "single-file writes a File.safetensors"),
+        "export_format": ([*known, "--format=ckpt"], "ckpt.*diffusers"),
+        "export_full_as_lora": ([*known, "--format=lora"], "give --extract_lora RANK"),
+        "export_rank": ([*known, "--format=lora", "--extract-lora=0"], "rank of at least 1"),
+    }
+
+
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
     """Name -> (status, stderr, devices touched, what stderr should say)."""
@@ -207,7 +225,9 @@ def answers(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
     requests = [["slam_jax.main", arguments] for arguments, _ in cases.values()]
     sample_cases = _sample_cases(folder, tiny_folder)
     requests += [["slam_jax.sample", arguments] for arguments, _ in sample_cases.values()]
-    cases |= sample_cases
+    export_cases = _export_cases(folder)
+    requests += [["slam_jax.export", arguments] for arguments, _ in export_cases.values()]
+    cases |= sample_cases | export_cases
     server = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SERVER], input=json.dumps(requests), cwd=ROOT,
         env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True, check=True,
