@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from slam_jax.errors import UserError
 from slam_jax.nets import lora, unet
-from slam_jax.weights import ldm_names, lora_names, pretrained, tensorfile, translate
+from slam_jax.weights import ldm_names, lora_names, pretrained, tensorfile, translate, whole
 
 # What diffusers' load_lora_weights looks for in a folder; beside it the one for ComfyUI and A1111.
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -51,22 +51,15 @@ def merged(
 
 
 def write(folder: Path, additions: Mapping, *, dtype: DTypeLike | None = None) -> None:
-    """Write a UNet's additions into `folder` in both spellings. Each file appears whole or not."""
+    """Write a UNet's additions into `folder`, which is new or a LoRA's, in both spellings."""
     tensors = translate.to_tensors(additions)
-    files = {
-        DIFFUSERS_FILE: lora_names.to_diffusers(tensors),
-        KOHYA_FILE: lora_names.to_kohya(tensors),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, spelt in files.items():
-            partial = folder / f".{name}.partial"
-            tensorfile.write(partial, spelt, dtype)
-            partial.replace(folder / name)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; choose a folder that can be written"
-        ) from None
+    with whole.folder(folder, "LoRA's folder", _is_lora) as root:
+        tensorfile.write(root / DIFFUSERS_FILE, lora_names.to_diffusers(tensors), dtype)
+        tensorfile.write(root / KOHYA_FILE, lora_names.to_kohya(tensors), dtype)
+
+
+def _is_lora(root: Path) -> bool:
+    return {path.name for path in root.iterdir()} <= {DIFFUSERS_FILE, KOHYA_FILE}
 
 
 def apply(model: pretrained.Pretrained, path: Path, scale: float) -> pretrained.Pretrained:

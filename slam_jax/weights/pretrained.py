@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from slam_jax.errors import UserError
-from slam_jax.weights import fit, names, templates, tensorfile, translate
+from slam_jax.weights import fit, names, templates, tensorfile, translate, whole
 from slam_jax.weights import folder as folders
 
 
@@ -171,29 +171,14 @@ def write(
     existing model folder is replaced, at once and only when the new one is complete; any other
     folder is refused. A write that fails leaves nothing behind.
     """
-    root = Path(folder).absolute()
-    partial, replaced = (root.with_name(f".{root.name}.{word}") for word in ("partial", "replaced"))
-    try:
-        if root.exists() and not (root / "model_index.json").is_file() and any(root.iterdir()):
-            raise UserError(f"{root} exists and is not a model folder; choose another, or empty it")
-        if replaced.exists() and not root.exists():
-            replaced.rename(root)  # a write was killed between the two renames below
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_all(partial, pretrained, dtype, variant)
+    with whole.folder(Path(folder), "model folder", _is_model) as root:
+        _write_all(root, pretrained, dtype, variant)
         if readme is not None:
-            (partial / "README.md").write_text(readme, encoding="utf-8")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if root.exists():
-            root.rename(replaced)
-        partial.rename(root)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {root}: {error.strerror or error}; choose a folder that can be written"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (root / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _is_model(root: Path) -> bool:
+    return (root / "model_index.json").is_file()
 
 
 def _write_all(
