@@ -13,6 +13,7 @@ import numpy as np
 from slam_jax import pipeline
 from slam_jax.data import shapes2d, text_inputs
 from slam_jax.diffusion import parameterization, schedule
+from slam_jax.errors import UserError
 from slam_jax.metrics import fid, prompt_accuracy
 from slam_jax.nets import classifier
 from slam_jax.runtime import folder, images

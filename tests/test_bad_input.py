@@ -65,6 +65,10 @@ VALUES = {
         "targets is empty",
     ),
     "source": (["--config.data.source=laion"], "'laion'.*shapes2d"),
+    "judge": (
+        ["--config.eval.judge=assets/tiny_sd/classifier", "--config.data.source=laion"],
+        "eval.judge knows shapes2d, not laion",
+    ),
     "size": (["--config.data.size=31"], "size=31.*32 or 64"),
     "mesh": (["--config.mesh.rules=(('.*',('model',)),)"], "names the axis 'model'"),
     "variant": (["--config.teacher.variant=fp16"], "no .*fp16.safetensors"),
