@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
             remat=True,
             cond_proj="random",
             gamma_dim=256,
+            start="",
             lora=dict(rank=0, alpha=1.0, targets=()),
         )
     )

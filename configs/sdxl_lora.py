@@ -1,11 +1,10 @@
 """SPLAM as a LoRA of SDXL base 1.0 (1024 pixels).
 
 A LoRA of this kind was published (alimama-creative/slam-lora-sdxl, 394 MB: the size of rank 64 in
-half precision), but neither its training code nor its settings. So: rank 64 on the modules of
-LCM-LoRA and learning rate 1e-4, as diffusers' LCM-LoRA script for SDXL has them; w = 8
-(guidance_scale 9), sub-paths of 20, uniform gamma and EMA 0.95 as in the released SPLAM script. The
-gamma layer, which a LoRA file cannot hold, is trained centred and left out (lora_student in
-slam_jax/pipeline.py). No run of this config has been measured, so no hours are given.
+half precision), but no code or settings. So: rank 64 on the modules of LCM-LoRA and learning rate
+1e-4, as diffusers' LCM-LoRA script for SDXL has them; w = 8 (guidance_scale 9), sub-paths of 20,
+uniform gamma, EMA 0.95 as in the released SPLAM script. The gamma layer, which a LoRA file cannot
+hold, is trained centred and left out (pipeline.py). No run has been measured yet: no hours given.
 
     python -m slam_jax.main --config configs/sdxl_lora.py --workdir runs/sdxl_lora \
         --config.data.source=FOLDER
@@ -37,6 +36,7 @@ def get_config() -> ConfigDict:
             remat=True,
             cond_proj="random",
             gamma_dim=256,
+            start="",
             lora=dict(
                 rank=64,
                 alpha=64.0,

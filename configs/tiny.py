@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             remat=False,
             cond_proj="zero",
             gamma_dim=256,
+            start="",
             # The modules of LCM-LoRA.
             lora=dict(
                 rank=0,

@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from flax import traverse_util
 
 from slam_jax import pipeline, students
 from slam_jax.data import batches, shapes2d, sources, text_inputs
@@ -81,13 +82,36 @@ def dataset(settings: Settings, tokens: text_inputs.Tokenizers) -> grain.MapData
 
 
 def student(settings: Settings, teacher: pretrained.Component) -> pretrained.Component:
-    """The student's config, and what is trained of its parameters: all, or a LoRA."""
+    """The student's config, and what is trained of its parameters: all, or a LoRA.
+
+    Those of student.start are still unread: for translate.load.
+    """
     cond_proj = _choose(COND_PROJ, "student.cond_proj", settings.student.cond_proj)
-    rng, chosen = np.random.default_rng(settings.seed), settings.student.lora
+    rng, chosen = np.random.default_rng(settings.seed), settings.student
     student = students.student_of(teacher, settings.student.gamma_dim, cond_proj, rng)
-    if not chosen.rank:
+    if chosen.start:
+        if chosen.lora.rank:
+            raise UserError(
+                "config.student.start is for a full student; set student.lora.rank to 0"
+            )
+        return _started(chosen.start, student)
+    if not chosen.lora.rank:
         return student
-    return students.lora_of(teacher, student, chosen.targets, chosen.rank, rng)
+    return students.lora_of(teacher, student, chosen.lora.targets, chosen.lora.rank, rng)
+
+
+def _started(name: str, student: pretrained.Component) -> pretrained.Component:
+    """The student with the parameters of that model's UNet, its gamma layer too if it has one."""
+    params = traverse_util.flatten_dict(student.params)
+    start = traverse_util.flatten_dict(hub.find(name, "", "", "").unet.params)
+    for path in params.keys() | start.keys():
+        shapes = [tree[path].shape if path in tree else None for tree in (params, start)]
+        if shapes[0] != shapes[1] and (path[-2] != "cond_proj" or shapes[1] is not None):
+            raise UserError(
+                f"config.student.start {name}: {'.'.join(path)} is {shapes[1]} there and "
+                f"{shapes[0]} in this student; start from one of the same architecture"
+            )
+    return student._replace(params=traverse_util.unflatten_dict(params | start))
 
 
 def shipped(

@@ -114,6 +114,8 @@ def _read_trained(
     step = checkpoint.latest(checkpoints)
     if step is None:
         raise UserError(f"{workdir} holds no checkpoint yet; train until checkpoint.every_steps")
+    # Of the student only names and shapes are asked for, which do not depend on where it started.
+    config = config._replace(student=config.student._replace(start=""))
     student = experiment.student(config, teacher)
     params = checkpoint.restore_part(checkpoints, step, part, student.params)
     return step, student._replace(params=params)

@@ -32,6 +32,9 @@ class Student(NamedTuple):
     cond_proj: str  # first guess of the layer that takes gamma: random (as released) or zero
     gamma_dim: int  # width of gamma's embedding: 256 in the released models
     lora: Lora
+    start: (
+        str  # model whose UNet the student starts as, such as a released student; "": the teacher
+    )
 
 
 class Distill(NamedTuple):

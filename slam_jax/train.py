@@ -16,7 +16,7 @@ from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder, images, log, mesh
 from slam_jax.settings import FREE, Settings, as_dict
 from slam_jax.weights import lora as lora_file
-from slam_jax.weights import pretrained
+from slam_jax.weights import pretrained, translate
 from slam_jax.weights import student as student_folder
 
 _NUM_PREFETCH = 4  # batches held ready
@@ -48,17 +48,18 @@ def train(settings: Settings, workdir: Path) -> None:
             train_key, samples_key = jax.random.split(key)
             teacher = pretrained.load(teacher, place=mesh.placer(devices, settings.mesh.rules))
             student = experiment.student(settings, teacher.unet)
+            params = translate.load(student.params, dtype=np.float32)
             frozen = _frozen(settings, teacher, tokens, everywhere)
             draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
 
             first = partial(state.init, optimizer=adamw)
-            like = jax.eval_shape(first, student.params)
+            like = jax.eval_shape(first, params)
             layout = mesh.shardings(like, devices, settings.mesh.rules)
             checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
             if done:
                 now = checkpoint.restore(checkpoints, done, like, layout)
             else:
-                now = jax.jit(first, out_shardings=layout)(student.params)
+                now = jax.jit(first, out_shardings=layout)(params)
 
         steps = range(done + 1, settings.num_steps + 1)
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)

@@ -65,6 +65,11 @@ VALUES = {
         "targets is empty",
     ),
     "source": (["--config.data.source=laion"], "'laion'.*shapes2d"),
+    "start": (["--config.student.start=assets/tiny_sd"], "student.start assets/tiny_sd: .* there"),
+    "start_lora": (
+        ["--config.student.start=assets/tiny_sd", "--config.student.lora.rank=2"],
+        "start is for a full student",
+    ),
     "judge": (
         ["--config.eval.judge=assets/tiny_sd/classifier", "--config.data.source=laion"],
         "eval.judge knows shapes2d, not laion",

@@ -75,17 +75,18 @@ def find(tensors: Mapping[str, Any], shapes: Mapping, source: str) -> dict:
 
 
 def load(params: Mapping, *, dtype: DTypeLike | None = None, place: Place | None = None) -> dict:
-    """What `find` found, read one by one, as `dtype`; None keeps each tensor's own.
+    """What `find` found, read one by one, as `dtype`; None keeps each tensor's own. Others stay.
 
     place: takes each parameter when it is read, and may send it to its devices; so the host holds
     one at a time. Without, the parameters are numpy arrays.
     """
     unread = traverse_util.flatten_dict(params)
-    loaded = dict.fromkeys(unread)
+    loaded = dict(unread)
     # The largest first: when the copy of one is widest, few others are there yet.
     for path in sorted(unread, key=lambda path: -math.prod(unread[path].shape)):
-        parameter = unread[path].read(dtype)
-        loaded[path] = parameter if place is None else place(path, parameter)
+        if isinstance(unread[path], Unread):
+            parameter = unread[path].read(dtype)
+            loaded[path] = parameter if place is None else place(path, parameter)
     return traverse_util.unflatten_dict(loaded)
 
 
