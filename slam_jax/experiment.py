@@ -44,10 +44,16 @@ SOURCES = {
 
 def teacher(settings: Settings) -> pretrained.Pretrained:
     """The model to distil, checked, its parameters still unread: for pretrained.load."""
-    return hub.find(
+    found = hub.find(
         settings.teacher.model, settings.teacher.revision, settings.teacher.variant,
         settings.teacher.config,
     )  # fmt: skip
+    if students.is_student(found):
+        raise UserError(
+            f"config.teacher.model {settings.teacher.model} is a few-step student already; give "
+            "the model that it was distilled from (a student to go on from is student.start)"
+        )
+    return found
 
 
 def _choose(choices: dict[str, Any], key: str, name: str) -> Any:

@@ -147,6 +147,7 @@ def _folders(
     for name, file, key, value in (
         ("other_pipeline", "model_index.json", "_class_name", "FluxPipeline"),
         ("student", "unet/config.json", "time_cond_proj_dim", 8),
+        ("plain_student", "scheduler/scheduler_config.json", "_class_name", "LCMScheduler"),
         ("inpainting", "unet/config.json", "in_channels", 9),
         ("latents", "vae/config.json", "latent_channels", 16),
         ("text_width", "text_encoder/config.json", "hidden_size", 8),
@@ -162,6 +163,7 @@ def _folders(
         "without": r"no diffusion_pytorch_model\.safetensors",
         "other_pipeline": "FluxPipeline",
         "student": "cond_proj",
+        "plain_student": "few-step student already.*student.start",
         "inpainting": r"in_channels 9 \(9 are an inpainting model's\).*latent_channels are 4",
         "latents": "in_channels 4, .*latent_channels are 16",
         "text_width": "8 wide .*cross_attention_dim is 16",
