@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slam_jax import pipeline
+from slam_jax import experiment, pipeline
 from slam_jax.data import shapes2d, text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
@@ -146,7 +146,7 @@ def _student_rows(few_step, params, vae_params, steps, null_text, text, noise):
 def _inputs(teacher, captions: list[str], settings: Settings) -> tuple[Any, Any, Any]:
     """Text of the captions and of the empty prompt, and noise [steps, N, h, w, C] for all rows."""
     tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
-    image_size = (settings.data.size, settings.data.size)
+    image_size = experiment.image_size(settings)
     params, captions_encoded, empty = _here(
         (
             pipeline.text_params(teacher),

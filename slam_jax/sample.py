@@ -256,8 +256,7 @@ def _init_image(
     height, width = image_size
     if height != width:
         raise UserError(f"--init_image is for square images; the noise is for {height} x {width}")
-    picture = image_file.read(Path(path), height)
-    return picture[None].astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return image_file.normalize(image_file.read(Path(path), height))[None]
 
 
 def _save(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import grain
 import numpy as np
 
+from slam_jax.data import image as images
 from slam_jax.data import text_inputs
 from slam_jax.errors import UserError
 
@@ -18,9 +19,9 @@ def decode(tokenizers: text_inputs.Tokenizers, example: dict) -> dict[str, np.nd
 
     See text_inputs.Tokenizers. The end of a caption longer than the tokenizer's length is dropped.
     """
-    image = example["image"].astype(np.float32) / np.float32(127.5) - np.float32(1)
-    text = tokenizers.encode([example["caption"]], image.shape[:2])
-    return {"image": image, **{name: rows[0] for name, rows in text.items()}}
+    pixels = images.normalize(example["image"])
+    text = tokenizers.encode([example["caption"]], pixels.shape[:2])
+    return {"image": pixels, **{name: rows[0] for name, rows in text.items()}}
 
 
 def batches(

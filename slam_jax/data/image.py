@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from slam_jax.errors import UserError
@@ -23,6 +23,11 @@ def read(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"]:
         raise UserError(f"{path} is not a picture that can be read; remove it") from None
     except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path} ({error}); copy it again or remove it") from None
+
+
+def normalize(pixels: UInt8[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
+    """0 … 255 -> [-1, 1], as the VAE takes them."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

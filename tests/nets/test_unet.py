@@ -171,7 +171,7 @@ def test_matches_torch(config, height, width, with_cond):
     assert error_beside_torch(config, draw(config, height, width), cond) <= 1e-5
 
 
-# Ten gigabytes and a minute: python -m pytest -m slow.
+# Thirteen gigabytes and a minute: python -m pytest -m slow.
 @pytest.mark.slow
 def test_matches_torch_at_the_size_of_sd15():
     config = {**SD15, "time_cond_proj_dim": 256}
