@@ -176,7 +176,8 @@ def training_nets(models: Models) -> step.Nets:
     def teacher(params, x, t, text):
         return models.teacher.apply({"params": params}, x, t, text)
 
-    def encode_image(params, image, posterior_key):
+    def encode_image(params, batch, posterior_key):
+        image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
         posterior = models.vae.apply({"params": params}, image, method=models.vae.encode)
         noise = jax.random.normal(posterior_key, posterior.mean.shape)
         return SCALING_FACTOR * (posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise)

@@ -40,7 +40,7 @@ def arguments(size: models.Size, batch: int, parameters: dict) -> tuple:
         null_text=jnp.asarray(rng.standard_normal((1, 77, width), np.float32)),
     )
     examples = {
-        "image": rng.random((1, batch, side, side, 3), np.float32) * 2 - 1,
+        "image": rng.integers(0, 256, (1, batch, side, side, 3), np.uint8),
         "input_ids": rng.integers(0, 700, (1, batch, 77), np.int32),
     }
     start = jax.jit(state.init, static_argnums=1)(parameters["student"], ADAMW)

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""What may be wrong: a user's mistake, which the user can mend, or one sample among many."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,16 @@ class UserError(ValueError):
 
     The programs print it without a traceback and exit with status 2.
     """
+
+
+class BadSample(ValueError):
+    """A training sample that cannot be used; the next good one takes its place.
+
+    reason: a few words, the same for all of a kind, since they are counted by it. shard and key
+    say where it lies, "" where that is known further up. filtered: nothing is wrong with it, the
+    user's filters leave it out.
+    """
+
+    def __init__(self, reason: str, shard: str = "", key: str = "", *, filtered: bool = False):
+        super().__init__(reason)
+        self.reason, self.shard, self.key, self.filtered = reason, shard, key, filtered

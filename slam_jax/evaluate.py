@@ -63,7 +63,7 @@ def make_judge(params: dict, size: int, seed: int) -> Judge:
         return net.apply({"params": params}, jnp.round(pixels * 255.0) / 127.5 - 1.0)
 
     source = shapes2d.Shapes2D(size, _REFERENCE, seed)
-    drawings = np.stack([source[i]["image"] for i in range(_REFERENCE)])
+    drawings = np.stack([source[i].image for i in range(_REFERENCE)])
     features, _ = apply(jax.device_put(drawings.astype(np.float32) / 255.0))
     return Judge(apply, fid.fit(jax.device_get(features)))
 

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 from slam_jax import command, pipeline, students
 from slam_jax.data import image as image_file
@@ -165,7 +165,7 @@ def _keys(key: PRNGKey, numbers: np.ndarray) -> Key[Array, "B"]:
 def _few_step(model: pretrained.Pretrained, steps: int) -> Callable:
     """(unet_params, vae_params, text, null_text, noise, image, keys) -> images.
 
-    image: None, or [1, H, W, 3] in [-1, 1] to start from; keys, one an image, draw its latents.
+    image: None, or uint8 [1, H, W, 3] to start from; keys, one an image, draw its latents.
     """
     original = {"original_inference_steps": _ORIGINAL_STEPS, **model.scheduler}
     strength = 1.0 if _INIT_IMAGE.value is None else _STRENGTH.value
@@ -179,7 +179,7 @@ def _few_step(model: pretrained.Pretrained, steps: int) -> Callable:
         del null_text
         start = image
         if image is not None:
-            start = jax.vmap(lambda key: encode(vae_params, image, key)[0])(keys)
+            start = jax.vmap(lambda key: encode(vae_params, {"image": image}, key)[0])(keys)
         return sample(unet_params, vae_params, text, noise, start)
 
     return draw
@@ -213,7 +213,7 @@ def _draw_all(
     prompts: list[str],
     image_size: tuple[int, int],
     noise_of: Callable[[np.ndarray], _Noise],
-    image: Float[np.ndarray, "1 H W 3"] | None,
+    image: UInt8[np.ndarray, "1 H W 3"] | None,
 ) -> Iterator[Float[np.ndarray, "B H W 3"]]:
     """Batch by batch over all devices, the last one filled up, so that it compiles once."""
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
@@ -249,14 +249,14 @@ def _draw_all(
 
 def _init_image(
     path: str | None, image_size: tuple[int, int]
-) -> Float[np.ndarray, "1 H W 3"] | None:
-    """The picture as the VAE takes it, cut and resized to the model's size."""
+) -> UInt8[np.ndarray, "1 H W 3"] | None:
+    """The picture, cut and resized to the model's size."""
     if path is None:
         return None
     height, width = image_size
     if height != width:
         raise UserError(f"--init_image is for square images; the noise is for {height} x {width}")
-    return image_file.normalize(image_file.read(Path(path), height))[None]
+    return image_file.read(Path(path), height)[None]
 
 
 def _save(

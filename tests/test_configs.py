@@ -85,7 +85,7 @@ def test_a_train_step_can_be_built(name):
     adamw = optimizer.adamw(**chosen.optimizer._asdict())
     is_sdxl = teacher.text_encoder_2 is not None
     batch = {
-        "image": jax.ShapeDtypeStruct((1, 2, chosen.data.size, chosen.data.size, 3), jnp.float32),
+        "image": jax.ShapeDtypeStruct((1, 2, chosen.data.size, chosen.data.size, 3), jnp.uint8),
         "input_ids": jax.ShapeDtypeStruct((1, 2, 77), jnp.int32),
     }
     if is_sdxl:

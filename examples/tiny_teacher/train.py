@@ -34,7 +34,7 @@ def draw_images(seed: int, num_images: int) -> tuple[np.ndarray, list[str]]:
     """The first num_images of a shapes2d dataset: uint8 [N, 32, 32, 3] and the captions."""
     source = shapes2d.Shapes2D(32, num_images, seed)
     elements = [source[i] for i in range(num_images)]
-    return np.stack([e["image"] for e in elements]), [e["caption"] for e in elements]
+    return np.stack([e.image for e in elements]), [e.caption for e in elements]
 
 
 def labels(captions: list[str]) -> np.ndarray:

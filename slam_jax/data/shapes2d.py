@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+from slam_jax.data.sample import Sample
 from slam_jax.errors import UserError
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -163,7 +164,7 @@ class Shapes2D:
         background = (None, *BACKGROUNDS)[rng.integers(1 + len(BACKGROUNDS))]
         return Scene(objects[0], relation, objects[1], background), rng
 
-    def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 [size, size, 3], "caption": str}."""
+    def __getitem__(self, index: int) -> Sample:
+        """The drawing, uint8 [size, size, 3], and its caption."""
         scene, rng = self.scene(int(index))
-        return {"image": draw(scene, rng, self.size), "caption": scene.caption()}
+        return Sample(draw(scene, rng, self.size), scene.caption(), "shapes2d", str(index), {})

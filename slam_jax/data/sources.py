@@ -1,15 +1,21 @@
-"""Random-access sources of captioned images: __len__ and __getitem__ -> {"image", "caption"}."""
+"""Sources of captioned pictures (sample.py), by name."""
 
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from slam_jax.data import image
-from slam_jax.errors import UserError
+from slam_jax.data.sample import Sample
+from slam_jax.errors import BadSample, UserError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _LAYOUT = "give each picture a caption in NAME.txt beside it, or all in FOLDER/metadata.jsonl"
+
+
+def find(name: str) -> Sequence[Sample]:
+    """The source of that name; UserError if there is none."""
+    return ImageFolder(Path(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +24,9 @@ class ImageFolder:
 
     Captions lie in a .txt beside each picture, or in metadata.jsonl, a line of
     {"file_name": …, "text": …} each, as Hugging Face's image folders have it.
-    size: pixels. num_images: at most so many, the first ones.
     """
 
     path: Path
-    size: int
-    num_images: int
 
     def __post_init__(self):
         if not self.path.is_dir():
@@ -34,34 +37,34 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 [size, size, 3], "caption": str}."""
-        path, caption = self._examples[index]
-        return {"image": image.read(path, self.size), "caption": caption}
+    def __getitem__(self, index: int) -> Sample:
+        path, fields = self._examples[index]
+        shard, key = str(self.path), str(path.relative_to(self.path))
+        try:
+            if "text" not in fields:
+                fields = {"text": path.with_suffix(".txt").read_text(encoding="utf-8").strip()}
+            return Sample(path.read_bytes(), fields["text"], shard, key, fields)
+        except FileNotFoundError:
+            raise BadSample("missing caption", shard, key) from None
+        except UnicodeDecodeError:
+            raise BadSample("caption is not UTF-8", shard, key) from None
 
     @functools.cached_property
-    def _examples(self) -> list[tuple[Path, str]]:
+    def _examples(self) -> list[tuple[Path, dict]]:
         metadata = self.path / "metadata.jsonl"
         if metadata.exists():
-            return _listed(metadata)[: self.num_images]
+            return _listed(metadata)
         found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        return [(path, _caption_beside(path)) for path in found[: self.num_images]]
+        return [(path, {}) for path in found]
 
 
-def _caption_beside(path: Path) -> str:
-    try:
-        return path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} has no readable caption ({error}); {_LAYOUT}") from None
-
-
-def _listed(metadata: Path) -> list[tuple[Path, str]]:
-    """(picture, caption) of every line; UserError naming the line that is not of that form."""
+def _listed(metadata: Path) -> list[tuple[Path, dict]]:
+    """(picture, its line) of every line; UserError naming the line that is not of that form."""
     examples = []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
-            path, caption = metadata.parent / entry["file_name"], entry["text"]
+            path, _ = metadata.parent / entry["file_name"], entry["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{metadata} line {number} is not {{'file_name': …, 'text': …}} "
@@ -69,5 +72,5 @@ def _listed(metadata: Path) -> list[tuple[Path, str]]:
             ) from None
         if not path.is_file():
             raise UserError(f"{metadata} line {number} names {path}, which is not there; remove it")
-        examples.append((path, caption))
+        examples.append((path, entry))
     return examples

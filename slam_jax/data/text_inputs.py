@@ -30,6 +30,17 @@ class Tokenizers(NamedTuple):
             encoded["time_ids"] = np.tile(whole_image(*image_size), (len(prompts), 1))
         return encoded
 
+    def encode_one(
+        self, prompt: str, time_ids: Int32[np.ndarray, "6"]
+    ) -> tuple[dict[str, Int32[np.ndarray, "_"]], bool]:
+        """The same as one row, for a picture of those sizes; and whether some was dropped."""
+        ids, cut = self.first.encode_with_cut([prompt])
+        encoded = {"input_ids": ids[0]}
+        if self.second is not None:
+            encoded["input_ids_2"] = self.second.encode([prompt])[0]
+            encoded["time_ids"] = time_ids
+        return encoded, bool(cut[0])
+
     def cut(self, prompts: list[str]) -> list[str]:
         """For every prompt the end of its text that does not fit, "" if all does."""
         return self.first.encode_with_cut(prompts)[1]

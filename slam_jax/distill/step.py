@@ -7,15 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from slam_jax.distill import loss
 from slam_jax.distill.loss import Method
 from slam_jax.distill.state import Frozen, Params, TrainState
 from slam_jax.shapes import PRNGKey
 
-# Microbatches of B examples: "image" in [-1, 1], "input_ids", and whatever else encode_text reads.
-Batch = dict[str, Float[Array, "accumulate B H W 3"] | Int[Array, "accumulate B _"]]
+# Microbatches of B examples: "image" or "moments" as encode_image reads them, "input_ids", and
+# whatever else encode_text does.
+Batch = dict[str, Shaped[Array, "accumulate B ..."]]
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -25,7 +26,7 @@ class Nets(NamedTuple):
     student: Callable  # (params, x, t, text, gamma) -> raw output
     student_params: Callable  # (teacher's params, trained params) -> all of the student's
     teacher: Callable  # (params, x, t, text) -> raw output
-    encode_image: Callable  # (params, image, key) -> scaled latent
+    encode_image: Callable  # (params, batch, key) -> scaled latent
     encode_text: Callable  # (params, batch) -> text
 
 
@@ -80,7 +81,7 @@ def _mean_gradient(batch_loss, student, batch, step_key):
 
 def _mean_loss(nets, method, frozen, target, progress, student, microbatch, key):
     posterior_key, draw_key = jax.random.split(key)
-    x_0 = nets.encode_image(frozen.vae, microbatch["image"], posterior_key)
+    x_0 = nets.encode_image(frozen.vae, microbatch, posterior_key)
     text = nets.encode_text(frozen.text_encoder, microbatch)
     draw = loss.draw_subpath(draw_key, x_0, method, progress)
     student_net, target_net = (

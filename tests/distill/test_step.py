@@ -159,7 +159,7 @@ def test_update_is_that_of_the_mean_gradient(with_lora, one_device, one_lora_dev
             }
             part_key = jax.random.fold_in(jax.random.fold_in(key, 3), number)
             posterior_key, draw_key = jax.random.split(part_key)
-            x_0 = NETS.encode_image(frozen.vae, part["image"], posterior_key)
+            x_0 = NETS.encode_image(frozen.vae, part, posterior_key)
             text = NETS.encode_text(frozen.text_encoder, part)
             draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.3)
             total += loss.slam_loss(
