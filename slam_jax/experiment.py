@@ -10,13 +10,22 @@ import numpy as np
 from flax import traverse_util
 
 from slam_jax import pipeline, students
-from slam_jax.data import batches, shapes2d, sources, text_inputs
+from slam_jax.data import (
+    batches,
+    cache,
+    filters,
+    image,
+    pictures,
+    shapes2d,
+    sources,
+    text_inputs,
+)  # fmt: skip
 from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, step
 from slam_jax.errors import UserError
 from slam_jax.nets import lora
-from slam_jax.settings import Data, Distill, Settings
-from slam_jax.weights import hub, pretrained
+from slam_jax.settings import Distill, Settings
+from slam_jax.weights import fingerprint, hub, pretrained
 from slam_jax.weights import lora as lora_file
 
 # Names in a config -> what they stand for; those with numbers after the name are called with them.
@@ -37,9 +46,7 @@ TIMES = {
     "all": lambda num_subpaths, num_timesteps: solver.all_times(num_timesteps),
 }
 COND_PROJ = {"random": students.random_cond_proj, "zero": students.zero_cond_proj}
-SOURCES = {
-    "shapes2d": lambda data, seed: shapes2d.Shapes2D(data.size, data.num_images, seed + 1),
-}
+CROPS = (("center",), ("random",), ("center", "flip"), ("random", "flip"))
 
 
 def teacher(settings: Settings) -> pretrained.Pretrained:
@@ -72,18 +79,36 @@ def _build(choices: dict[str, Any], key: str, call: tuple) -> Any:
     return make(*map(float, numbers))
 
 
-def _image_folder(data: Data, seed: int) -> sources.ImageFolder:
-    del seed
-    return sources.ImageFolder(Path(data.source), data.size, data.num_images)
-
-
-def dataset(settings: Settings, tokens: text_inputs.Tokenizers) -> grain.MapDataset:
-    """Batch n of the run is dataset[n]."""
+def examples(
+    settings: Settings, teacher: pretrained.Pretrained, tokens: text_inputs.Tokenizers
+) -> pictures.Pictures | cache.Cache:
+    """What batches are made of: captioned pictures, or a cache that was made for this teacher."""
     data = settings.data
-    source = SOURCES.get(data.source, _image_folder)(data, settings.seed)
+    if cache.is_cache(Path(data.source)):
+        found = cache.find(Path(data.source))
+        cache.check(
+            found,
+            size=data.size,
+            vae=fingerprint.of_params(teacher.vae.params),
+            tokenizers=text_inputs.fingerprints(tokens),
+        )
+        return found
+    if data.crop not in CROPS:
+        raise UserError(f"config.data.crop {data.crop} must be one of {', '.join(map(str, CROPS))}")
+    crop = image.Crop(data.size, random="random" in data.crop, flip="flip" in data.crop)
+    wanted = filters.parse(data.filters)
+    if data.source == "shapes2d":
+        source = shapes2d.Shapes2D(data.size, data.num_images, settings.seed + 1)
+    else:
+        source = sources.find(data.source, data.index_dir)
+    return pictures.Pictures(source, wanted, crop, tokens)
+
+
+def dataset(settings: Settings, found, part: tuple[int, int]) -> grain.MapDataset:
+    """Batch n of the run is dataset[n], `found` being its examples; part as in batches.batches."""
     return batches.batches(
-        source, batch_size=settings.batch_size, seed=settings.seed,
-        transform=partial(batches.decode, tokens),
+        found, num_examples=settings.data.num_images, batch_size=settings.batch_size,
+        seed=settings.seed, part=part,
     )  # fmt: skip
 
 

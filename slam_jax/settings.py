@@ -65,10 +65,15 @@ class Optimizer(NamedTuple):
 class Data(NamedTuple):
     """Captioned images."""
 
-    source: str  # shapes2d, or a folder of captioned pictures (data/sources.py)
+    source: str  # shapes2d, a prepared cache, or what data/sources.py finds by name
     size: int  # pixels
-    num_images: int  # of shapes2d; of a folder at most so many
+    num_images: int  # of shapes2d; of other sources at most so many
+    crop: tuple  # of ("center",), ("random",), ("center", "flip"), ("random", "flip")
+    filters: tuple  # of conditions such as "short_side >= 512" (data/filters.py)
+    max_bad_fraction: float  # of the samples; above it the run stops
+    index_dir: str  # where the indexes of tars are written; "" for beside them
     num_threads: int  # that make batches ahead of time; 0 makes each when it is needed
+    num_workers: int  # processes that do so instead, with as many threads each; 0 for none
 
 
 class Eval(NamedTuple):
@@ -124,15 +129,18 @@ class Settings(NamedTuple):
 _GROUPS = (Teacher, Student, Lora, Distill, Optimizer, Data, Eval, Checkpoint, Log, Mesh)
 
 # May differ when a run is resumed: they do not touch what is learnt.
-FREE = ("num_steps", "eval", "checkpoint", "log", "data.num_threads")
+FREE = (
+    "num_steps", "eval", "checkpoint", "log", "data.max_bad_fraction", "data.index_dir",
+    "data.num_threads", "data.num_workers",
+)  # fmt: skip
 
 _AT_LEAST_ONE = (
     "num_steps", "batch_size", "accumulate", "distill.num_subpaths", "data.num_images",
     "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
     "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "student.lora.rank", "data.num_threads")
-_STRINGS = ("eval.prompts", "student.lora.targets")
+_AT_LEAST_ZERO = ("seed", "student.lora.rank", "data.num_threads", "data.num_workers")
+_STRINGS = ("eval.prompts", "student.lora.targets", "data.crop", "data.filters")
 
 
 def from_config(config: Mapping[str, Any]) -> Settings:
@@ -157,6 +165,10 @@ def from_config(config: Mapping[str, Any]) -> Settings:
         raise UserError("config.student.lora.targets is empty; name modules, or set rank to 0")
     if not 0 <= settings.ema_rate < 1:
         raise UserError(f"config.ema_rate={settings.ema_rate} must lie in [0, 1)")
+    if not 0 <= settings.data.max_bad_fraction < 1:
+        raise UserError(
+            f"config.data.max_bad_fraction={settings.data.max_bad_fraction} must lie in [0, 1)"
+        )
     return settings
 
 

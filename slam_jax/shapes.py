@@ -1,7 +1,7 @@
 """Array vocabulary: the shapes that cross module borders.
 
-B batch, H W image, h w latent, C channels, 2C mean and log-variance of each, L tokens, D text width, P pooled text's width,
-T training times.
+B batch, H W image, h w latent, C channels, CC their means and then log-variances, L tokens,
+D text width, P pooled text's width, T training times.
 Checked by an import hook in the tests only; production pays nothing.
 """
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 Image = Float[Array, "B H W 3"]
 Pixels = UInt8[Array, "B H W 3"]
 Latent = Float[Array, "B h w C"]
-Moments = Float[Array, "B h w 2C"]
+Moments = Float[Array, "B h w CC"]
 Coeff = Float[Array, "B 1 1 1"]
 Timestep = Int[Array, "B"]
 TokenIds = Int[Array, "B L"]

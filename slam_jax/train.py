@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from slam_jax import command, evaluate, experiment, pipeline
-from slam_jax.data import batches, text_inputs
+from slam_jax.data import batches, tally, text_inputs
 from slam_jax.distill import optimizer, state, step
 from slam_jax.errors import UserError
-from slam_jax.runtime import checkpoint, folder, images, log, mesh
+from slam_jax.runtime import checkpoint, folder, hosts, images, log, mesh
 from slam_jax.settings import FREE, Settings, as_dict
 from slam_jax.weights import lora as lora_file
 from slam_jax.weights import pretrained, translate
@@ -33,12 +33,13 @@ def train(settings: Settings, workdir: Path) -> None:
     teacher = experiment.teacher(settings)
     student = experiment.student(settings, teacher.unet)
     tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
-    dataset = experiment.dataset(settings, tokens)
+    examples = experiment.examples(settings, teacher, tokens)
     nets = experiment.nets(settings, teacher, student.config)
     adamw = optimizer.adamw(**settings.optimizer._asdict())
     method = experiment.method(settings.distill, teacher.scheduler)
     devices = mesh.make(settings.mesh.axes)
     mesh.check_batch(settings.batch_size, devices.shape["data"], settings.accumulate)
+    dataset = experiment.dataset(settings, examples, hosts.part())
     folder.start(workdir, as_dict(settings))
 
     with log.bar(done, settings.num_steps) as progress:
@@ -72,11 +73,12 @@ def train(settings: Settings, workdir: Path) -> None:
         )  # fmt: skip
         if steps:
             with log.phase(progress, "compiling the step"):
-                run = run.lower(now, frozen, put(dataset[done]), train_key).compile()
+                run = run.lower(now, frozen, put(dataset[done].arrays), train_key).compile()
 
         feed = batches.iterate(
             dataset, done,
-            num_threads=settings.data.num_threads, num_prefetch=_NUM_PREFETCH,
+            num_threads=settings.data.num_threads, num_workers=settings.data.num_workers,
+            num_prefetch=_NUM_PREFETCH,
         )  # fmt: skip
         with (
             log.started(workdir, done, progress) as journal,
@@ -84,10 +86,20 @@ def train(settings: Settings, workdir: Path) -> None:
             contextlib.closing(checkpoints),
             jax.transfer_guard("disallow"),
         ):
-            unseen = []
+            unseen, counted = [], tally.EMPTY
             for number in steps:
-                now, metrics = run(now, frozen, put(next(feed)), train_key)
-                unseen.append((number, metrics))
+                try:
+                    batch = next(feed)
+                    counted = _count(journal, settings, number, batch, counted)
+                except UserError:
+                    # The data's fault: what has been learnt until here is kept.
+                    while unseen:
+                        _record(journal, settings, *unseen.pop(0))
+                    if number - 1 > done and number - 1 not in checkpoints.all_steps():
+                        checkpoint.save(checkpoints, number - 1, now)
+                    raise
+                now, metrics = run(now, frozen, put(batch.arrays), train_key)
+                unseen.append((number, metrics, tally.summary(batch.dropped, batch.num_cut)))
                 last = number == settings.num_steps
                 draws = last or number % settings.eval.every_steps == 0
                 saves = last or number % settings.checkpoint.every_steps == 0
@@ -170,8 +182,25 @@ def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_k
     return draw
 
 
-def _record(journal: log.Log, settings: Settings, number: int, metrics: dict) -> None:
-    """Fetches a step's metrics, shows them, and writes a line if one is due."""
+def _count(
+    journal: log.Log, settings: Settings, number: int, batch: batches.Batch, counted: tally.Tally
+) -> tally.Tally:
+    """Lists the batch's bad samples; UserError if with them there are too many."""
+    bad = [dropped._asdict() for dropped in batch.dropped if not dropped.filtered]
+    log.bad_samples(journal, number, bad)
+    counted = tally.add(counted, len(batch.arrays["input_ids"]), batch.dropped)
+    tally.check(counted, settings.data.max_bad_fraction)
+    return counted
+
+
+def _record(
+    journal: log.Log, settings: Settings, number: int, metrics: dict, counts: dict[str, int]
+) -> None:
+    """Fetches a step's metrics, shows them, and writes a line if one is due.
+
+    counts: of the samples left out of its batch; a line has their sums since the one before.
+    """
+    journal.counts.update(counts)
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(values[name]):
@@ -181,7 +210,8 @@ def _record(journal: log.Log, settings: Settings, number: int, metrics: dict) ->
             )
     rate = log.advance(journal.progress, settings.batch_size, values["loss"])
     if number % settings.log.every_steps == 0:
-        log.write(journal, number, {**values, "images_per_second": rate})
+        log.write(journal, number, {**values, "images_per_second": rate, **journal.counts})
+        journal.counts.clear()
 
 
 def _write_samples(journal: log.Log, workdir: Path, number: int, drawn: np.ndarray) -> None:

@@ -21,17 +21,49 @@ def model(tiny_folder):
     return pretrained.read(tiny_folder)
 
 
-def test_latents_are_scaled_samples_of_the_posterior(model):
-    image = jax.random.uniform(jax.random.key(0), (1, 32, 32, 3), minval=-1.0)
-    net = vae.from_config(model.vae.config)
-    posterior = net.apply({"params": model.vae.params}, image, method=net.encode)
+@pytest.fixture(scope="module")
+def pixels():
+    return jnp.array(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def posterior(model, pixels):
+    """By the network itself, which takes [-1, 1]."""
+    net, image = vae.from_config(model.vae.config), pixels.astype(jnp.float32) / 127.5 - 1
+    return net.apply({"params": model.vae.params}, image, method=net.encode)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_latents_are_scaled_samples_of_the_posterior(model, pixels, posterior, cached):
     # 64 latents of 64 pictures of the same thing.
+    batch = {"image": jnp.repeat(pixels, 64, axis=0)}
+    if cached:
+        moments = jax.jit(pipeline.cached_posterior(model.vae.config, jnp.float32))
+        batch = {"moments": moments(model.vae.params, batch["image"])}
     encode = jax.jit(pipeline.encode_image(model.vae.config, jnp.float32))
-    latents = encode(model.vae.params, jnp.repeat(image, 64, axis=0), jax.random.key(1))
+    latents = encode(model.vae.params, batch, jax.random.key(1))
     spread = 0.5 * np.exp(0.5 * posterior.logvar[0])
     error = (np.mean(latents, axis=0) - 0.5 * posterior.mean[0]) / (spread / 8)
     assert np.abs(error).max() < 5 and abs(np.std(error) - 1) < 0.2
     np.testing.assert_allclose(np.std(latents, axis=0) / spread, 1, atol=0.45)
+
+
+def test_a_cached_posterior_is_the_posterior_in_half_precision(model, pixels, posterior):
+    moments = pipeline.cached_posterior(model.vae.config, jnp.float32)(model.vae.params, pixels)
+    assert moments.dtype == jnp.bfloat16 and moments.shape == (1, 16, 16, 8)
+    expected = np.concatenate([posterior.mean, posterior.logvar], axis=-1)
+    np.testing.assert_allclose(np.asarray(moments, np.float32), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_the_same_draw_comes_from_pictures_and_from_a_cache(model, pixels):
+    params = model.vae.params
+    moments = pipeline.cached_posterior(model.vae.config, jnp.float32)(params, pixels)
+    encode = jax.jit(pipeline.encode_image(model.vae.config, jnp.float32))
+    fresh, cached = (
+        encode(params, batch, jax.random.key(1))
+        for batch in ({"image": pixels}, {"moments": moments})
+    )
+    assert np.abs(fresh - cached).max() < 2**-7 * np.abs(fresh).max()
 
 
 def test_decode_undoes_the_scaling_and_stays_in_range(model):

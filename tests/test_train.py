@@ -1,4 +1,4 @@
-"""Two steps on a small SDXL: from the teacher's folder to a student's that diffusers draws with."""
+"""A few steps from a teacher's folder to a student's: SDXL, and a user's pictures with faults."""
 
 import importlib.util
 import json
@@ -8,14 +8,17 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from slam_jax import settings, train
+from slam_jax.errors import UserError
+from slam_jax.runtime import checkpoint
 from slam_jax.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def tiny_settings(folder: pathlib.Path) -> settings.Settings:
+def tiny_settings(folder: pathlib.Path, overrides: dict | None = None) -> settings.Settings:
     """configs/tiny.py, cut down."""
     spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
     module = importlib.util.module_from_spec(spec)
@@ -27,7 +30,7 @@ def tiny_settings(folder: pathlib.Path) -> settings.Settings:
         "eval.every_steps": 2, "eval.teacher_steps": 2, "eval.student_steps": 2, "eval.judge": "",
         "eval.prompts": ("a circle",), "optimizer.warmup_steps": 0,
     }  # fmt: skip
-    config.update_from_flattened_dict(changes)
+    config.update_from_flattened_dict(changes | (overrides or {}))
     return settings.from_config(config.to_dict())
 
 
@@ -66,3 +69,52 @@ def test_sdxl_is_distilled(tiny_sdxl_folder, tmp_path, compiled_in_haste):
     pipe.set_progress_bar_config(disable=True)
     images = pipe("a circle", num_inference_steps=2, guidance_scale=1, output_type="np").images
     assert images.shape == (1, 32, 32, 3) and np.isfinite(images).all()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """60: every sixth file is empty, every fourth too narrow for the filter, one caption too long."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(60):
+        path = folder / f"{number:03d}.png"
+        size = (48, 20 if number % 4 == 1 else 40, 3)
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(path)
+        if number % 6 == 0:
+            path.write_bytes(b"")
+        path.with_suffix(".txt").write_text("a" * (100 if number == 2 else 3))
+    return folder
+
+
+def test_bad_pictures_are_replaced_listed_and_at_last_too_many(
+    tiny_folder, pictures, tmp_path, compiled_in_haste
+):
+    changes = {
+        "num_steps": 30, "batch_size": 4, "data.source": str(pictures), "data.crop": ("random",),
+        "data.filters": ("short_side >= 32",), "data.max_bad_fraction": 0.005,
+    }  # fmt: skip
+    workdir = tmp_path / "run"
+
+    def lines(name):
+        return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+    # 5 of the first 1,000 may be bad, which an epoch of 15 steps exceeds.
+    with pytest.raises(UserError, match=r"7 of 41 samples .*pictures \(7 empty picture file\)"):
+        train.train(tiny_settings(tiny_folder, changes), workdir)
+    done = checkpoint.latest(workdir / "checkpoints")
+    assert done > 2 and lines("metrics.jsonl")[-1]["step"] == done
+
+    train.train(tiny_settings(tiny_folder, changes | {"data.max_bad_fraction": 0.5}), workdir)
+    told = lines("metrics.jsonl")
+    assert [line["step"] for line in told] == list(range(1, 31))
+    bad = lines("bad_samples.jsonl")
+    assert sum(line["bad_samples"] for line in told) == len(bad)
+    # Two epochs: each bad picture by itself, and by the one before it that is left out (5 of 6).
+    keys = sorted(line["key"] for line in bad)
+    assert sorted(set(keys)) == [f"{number:03d}.png" for number in range(0, 60, 6)]
+    narrow_before = {f"{n:03d}.png" for n in range(0, 60, 6) if (n - 1) % 60 % 4 == 1}
+    assert keys == sorted(2 * [*set(keys), *narrow_before])
+    assert {line["reason"] for line in bad} == {"empty picture file"}
+    assert {line["shard"] for line in bad} == {str(pictures)}
+    assert sum(line["filtered_samples"] for line in told) > 0
+    assert sum(line["cut_captions"] for line in told) >= 2

@@ -13,18 +13,10 @@ import grain
 import numpy as np
 
 from slam_jax.data.sample import Example
+from slam_jax.data.tally import Dropped
 from slam_jax.errors import BadSample, UserError
 
 _PATIENCE = 2000  # samples in a row that may be unusable
-
-
-class Dropped(NamedTuple):
-    """A sample that was replaced by the next good one, and why."""
-
-    reason: str
-    shard: str
-    key: str
-    filtered: bool  # by the user's filters: nothing is wrong with it
 
 
 class Batch(NamedTuple):
@@ -40,8 +32,9 @@ def batches(
 ) -> grain.MapDataset:
     """Batch n is batches(...)[n], for every n: each epoch a new order, no example left out.
 
-    num_examples: at most so many, the first ones. part: (which host this is, how many there are); each gets equally many consecutive rows of the
-    same global batch of `batch_size`. A batch may span two epochs. seed in [0, 2**32).
+    num_examples: at most so many, the first ones. part: (which host this is, how many there are);
+    each gets equally many consecutive rows of the same global batch of `batch_size`. A batch may
+    span two epochs. seed in [0, 2**32).
     """
     host, num_hosts = part
     total = min(num_examples, len(examples))
@@ -62,7 +55,7 @@ def batches(
 
 
 def load(examples, total: int, index: int, seed: tuple[int, ...]) -> tuple[Example, list[Dropped]]:
-    """The example, or the next good one after it among the first `total`; and those that were passed over.
+    """The example, or the next good one among the first `total`; and those passed over.
 
     A function of its arguments alone. UserError where there is none good among many.
     """

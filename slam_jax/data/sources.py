@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from slam_jax.data.sample import Sample
@@ -13,7 +12,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _LAYOUT = "give each picture a caption in NAME.txt beside it, or all in FOLDER/metadata.jsonl"
 
 
-def find(name: str) -> Sequence[Sample]:
+def find(name: str, index_dir: str = ""):
     """The source of that name; UserError if there is none."""
     return ImageFolder(Path(name))
 

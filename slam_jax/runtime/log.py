@@ -1,27 +1,28 @@
 """What a run tells while it runs: metrics.jsonl, TensorBoard events and a progress bar."""
 
+import collections
 import contextlib
 import json
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
 
 
 class Progress(NamedTuple):
     """The bar, and how long its last steps took."""
 
     bar: tqdm
-    seconds: deque[float]
+    seconds: collections.deque[float]
     mark: list[float]  # when the last step ended, unless something else was done since
 
 
@@ -31,6 +32,8 @@ class Log(NamedTuple):
     lines: TextIO
     events: SummaryWriter
     progress: Progress
+    bad: TextIO
+    counts: collections.Counter[str]  # since the last line
 
 
 @contextlib.contextmanager
@@ -42,20 +45,21 @@ def bar(step: int, num_steps: int) -> Iterator[Progress]:
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}{postfix}]",
     ) as progress:  # fmt: skip
-        yield Progress(progress, deque(maxlen=32), [])
+        yield Progress(progress, collections.deque(maxlen=32), [])
 
 
 @contextlib.contextmanager
 def started(workdir: Path, step: int, progress: Progress) -> Iterator[Log]:
     """The log of a run that stands at `step`; later lines, and a half-written one, are cut off."""
-    path = workdir / METRICS
-    _truncate(path, step)
+    for name in (METRICS, BAD_SAMPLES):
+        _truncate(workdir / name, step)
     with (
-        open(path, "a") as lines,
+        open(workdir / METRICS, "a") as lines,
+        open(workdir / BAD_SAMPLES, "a") as bad,
         SummaryWriter(str(workdir / "events"), purge_step=step + 1) as events,
     ):
         progress.bar.set_description_str("training")
-        yield Log(lines, events, progress)
+        yield Log(lines, events, progress, bad, collections.Counter())
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -78,6 +82,20 @@ def write(log: Log, step: int, values: Mapping[str, float]) -> None:
     log.lines.flush()
     for name, value in values.items():
         log.events.add_scalar(name, value, step)
+
+
+def bad_samples(log: Log, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """A line of bad_samples.jsonl for each sample that was left out; says so the first time."""
+    if samples and not log.bad.tell():
+        first = samples[0]
+        log.progress.bar.write(
+            f"warning: {first['shard']}: {first['key']}: {first['reason']}; the next "
+            f"good sample is taken instead; all such samples are listed in {log.bad.name}",
+            file=sys.stderr,
+        )
+    for sample in samples:
+        log.bad.write(json.dumps({"step": step, **sample}) + "\n")
+    log.bad.flush()
 
 
 def picture(log: Log, step: int, name: str, pixels: np.ndarray) -> None:

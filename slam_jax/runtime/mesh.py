@@ -104,12 +104,13 @@ def check_batch(batch_size: int, num_shards: int, accumulate: int) -> None:
 def put_batch(batch: Mapping[str, np.ndarray], accumulate: int, mesh: Mesh) -> dict[str, jax.Array]:
     """This host's part [B, ...] of a batch as global arrays [accumulate, B / accumulate, ...].
 
-    Cut here, on the host, so that each microbatch is spread over all devices and the step moves
-    no example between them.
+    Microbatch i has every accumulate-th example from i on, so that consecutive rows on each host
+    make the same global arrays whatever the number of hosts. Cut here, on the host, so that each
+    is spread over all devices and the step moves no example between them.
     """
 
     def put(x: np.ndarray) -> jax.Array:
-        parts = x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:])
+        parts = np.stack([x[first::accumulate] for first in range(accumulate)])
         return jax.make_array_from_process_local_data(batch_sharding(mesh), parts)
 
     return {name: put(x) for name, x in batch.items()}

@@ -42,8 +42,9 @@ NETS = step.Nets(
     student=_net,
     student_params=step.all_trained,
     teacher=_net,
-    encode_image=lambda params, image, key: (
-        image[:, ::2, ::2] * params + 0.1 * jax.random.normal(key, image[:, ::2, ::2].shape)
+    encode_image=lambda params, batch, key: (
+        batch["image"][:, ::2, ::2] * params
+        + 0.1 * jax.random.normal(key, batch["image"][:, ::2, ::2].shape)
     ),
     encode_text=lambda params, batch: params[batch["input_ids"]],
 )
@@ -154,9 +155,7 @@ def test_update_is_that_of_the_mean_gradient(with_lora, one_device, one_lora_dev
         student, target = (whole(frozen.teacher, each) for each in (trained, start.target))
         total = 0.0
         for number in range(ACCUMULATE):
-            part = {
-                name: x.reshape(ACCUMULATE, -1, *x.shape[1:])[number] for name, x in batch.items()
-            }
+            part = {name: x[number::ACCUMULATE] for name, x in batch.items()}
             part_key = jax.random.fold_in(jax.random.fold_in(key, 3), number)
             posterior_key, draw_key = jax.random.split(part_key)
             x_0 = NETS.encode_image(frozen.vae, part, posterior_key)
