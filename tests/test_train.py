@@ -73,7 +73,7 @@ def test_sdxl_is_distilled(tiny_sdxl_folder, tmp_path, compiled_in_haste):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """60: every sixth file is empty, every fourth too narrow for the filter, one caption too long."""
+    """60, every sixth empty, every fourth too narrow for the filter; one caption is too long."""
     folder, rng = tmp_path / "pictures", np.random.default_rng(0)
     folder.mkdir()
     for number in range(60):
