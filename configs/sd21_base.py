@@ -57,14 +57,14 @@ def get_config() -> ConfigDict:
         dict(
             learning_rate=8e-6, warmup_steps=0, clip_norm=1.0,
             weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8,
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
     config.data = ConfigDict(
         dict(
             source="FOLDER", size=512, num_images=10**9, crop=("random",), filters=(),
             max_bad_fraction=0.01, index_dir="", num_threads=16, num_workers=0,
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
     config.eval = ConfigDict(
         dict(
             every_steps=500,

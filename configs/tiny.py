@@ -56,14 +56,14 @@ def get_config() -> ConfigDict:
         dict(
             learning_rate=2e-4, warmup_steps=20, clip_norm=1.0,
             weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8,
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
     config.data = ConfigDict(
         dict(
             source="shapes2d", size=32, num_images=100_000, crop=("center",), filters=(),
             max_bad_fraction=0.01, index_dir="", num_threads=1, num_workers=0,
-        )  # fmt: skip
-    )
+        )
+    )  # fmt: skip
     config.eval = ConfigDict(
         dict(
             every_steps=200,
