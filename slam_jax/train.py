@@ -38,7 +38,7 @@ def train(settings: Settings, workdir: Path) -> None:
     adamw = optimizer.adamw(**settings.optimizer._asdict())
     method = experiment.method(settings.distill, teacher.scheduler)
     devices = mesh.make(settings.mesh.axes)
-    mesh.check_batch(settings.batch_size, devices.shape["data"], settings.accumulate)
+    mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     dataset = experiment.dataset(settings, examples, hosts.part())
     folder.start(workdir, as_dict(settings))
 

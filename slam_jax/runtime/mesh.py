@@ -1,9 +1,13 @@
 """The devices as a mesh, and how arrays lie on it. Knows nothing of the method.
 
-Sharding is data: an ordered list of (regex, axes) pairs. The first regex that matches the
-whole path of an array gives the mesh axis of each of its dimensions; () keeps a copy on every
-device. What is trained is "student/conv_in/kernel", "target/...", "opt_state/..."; what is not,
-"unet/conv_in/kernel", "vae/...", "text_encoder/...".
+Sharding is data: an ordered list of (regex, rule) pairs, of which the first regex that matches the
+whole path of an array counts. The rule () keeps a copy on every device; "fsdp" cuts the array along
+its longest dimension that the axis of that name divides, and leaves small ones whole; a tuple of
+axes says it dimension by dimension. What is trained is "student/conv_in/kernel", "target/...",
+"opt_state/..."; what is not, "unet/conv_in/kernel", "vae/...", "text_encoder/...".
+
+Examples are spread over the axes data and fsdp alike: with fsdp, devices hold different parts of
+the state and fetch the rest when it is needed, layer by layer.
 """
 
 import math
@@ -17,7 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slam_jax.errors import UserError
 
-Rules = Sequence[tuple[str, Sequence[str | None]]]
+Rules = Sequence[tuple[str, str | Sequence[str | None]]]
+
+# Over which the examples are spread, as far as the mesh has them.
+_BATCH_AXES = ("data", "fsdp")
+# Elements of an array that is not worth cutting: fetching its parts takes longer than they save.
+_SMALL = 2**12
 
 
 def make(axes: Sequence[tuple[str, int]]) -> Mesh:
@@ -46,7 +55,7 @@ def check_rules(axes: Sequence[tuple[str, int]], rules: Rules) -> None:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"mesh.rules: {pattern!r} is not a regex: {error}") from None
-        for axis in rule:
+        for axis in (rule,) if isinstance(rule, str) else rule:
             if axis is not None and axis not in names:
                 raise UserError(
                     f"mesh.rules: {pattern!r} names the axis {axis!r}; there are {names}"
@@ -56,24 +65,35 @@ def check_rules(axes: Sequence[tuple[str, int]], rules: Rules) -> None:
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """The tree with each array replaced by its NamedSharding, from the first rule that matches."""
 
-    def resolve(path, _leaf) -> NamedSharding:
-        return _sharding(jax.tree_util.keystr(path, simple=True, separator="/"), mesh, rules)
+    def resolve(path, leaf) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return _sharding(name, leaf.shape, mesh, rules)
 
     return jax.tree_util.tree_map_with_path(resolve, tree)
 
 
-def _sharding(name: str, mesh: Mesh, rules: Rules) -> NamedSharding:
+def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
     for pattern, rule in rules:
         if re.fullmatch(pattern, name):
-            return NamedSharding(mesh, PartitionSpec(*rule))
+            axes = _cut_longest(shape, rule, mesh.shape[rule]) if isinstance(rule, str) else rule
+            return NamedSharding(mesh, PartitionSpec(*axes))
     raise UserError(f"mesh.rules match no {name!r}; end them with ('.*', ())")
+
+
+def _cut_longest(shape: tuple[int, ...], axis: str, size: int) -> tuple[str | None, ...]:
+    """The axis at the longest dimension that `size` divides, the last of equal ones."""
+    divisible = [(length, place) for place, length in enumerate(shape) if length % size == 0]
+    if not divisible or math.prod(shape) < _SMALL:
+        return ()
+    _, place = max(divisible)
+    return (None,) * place + (axis,)
 
 
 def placer(mesh: Mesh, rules: Rules) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
     """(path, array on every host) -> the array as the rules lay it; no device gets more of it."""
 
     def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
-        layout = _sharding("/".join(path), mesh, rules)
+        layout = _sharding("/".join(path), array.shape, mesh, rules)
         return jax.make_array_from_callback(array.shape, layout, lambda part: array[part])
 
     return place
@@ -85,8 +105,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch [accumulate, B, ...]: the examples B split over the axis `data`."""
-    return NamedSharding(mesh, PartitionSpec(None, "data"))
+    """Of a batch [accumulate, B, ...]: the examples B split over the axes data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, _batch_axes(mesh)))
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the examples of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in _batch_axes(mesh))
+
+
+def _batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in mesh.axis_names if axis in _BATCH_AXES)
 
 
 def check_batch(batch_size: int, num_shards: int, accumulate: int) -> None:

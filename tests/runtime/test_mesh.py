@@ -29,6 +29,33 @@ def test_first_matching_rule_wins():
     assert found["b"][0].spec == P()
 
 
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((3, 3, 64, 128), P(None, None, None, "fsdp")),  # the longest
+        ((128, 3, 3, 64), P("fsdp")),
+        ((64, 64), P(None, "fsdp")),  # the last of equal ones
+        ((129, 64), P(None, "fsdp")),  # the longest that 2 divides
+        ((129, 65), P()),
+        ((32, 64), P()),  # small
+        ((), P()),
+    ],
+)
+def test_fsdp_cuts_the_longest_dimension_that_can_be_cut(shape, spec):
+    devices = mesh.make((("data", -1), ("fsdp", 2)))
+    found = mesh.shardings({"a": np.zeros(shape)}, devices, ((".*", "fsdp"),))
+    assert found["a"].spec == spec
+
+
+def test_examples_are_split_over_data_and_fsdp_alike():
+    devices = mesh.make((("data", -1), ("fsdp", 2)))
+    assert mesh.num_batch_shards(devices) == 4
+    images = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
+    put = mesh.put_batch({"image": images}, 1, devices)["image"]
+    assert {shard.data.shape for shard in put.addressable_shards} == {(1, 2, 3)}
+    assert len({str(shard.index) for shard in put.addressable_shards}) == 4
+
+
 def test_path_without_a_rule_is_named():
     with pytest.raises(UserError, match="'b/0'"):
         mesh.shardings({"b": [np.zeros(3)]}, mesh.make(AXES), (("a/.*", ()),))
@@ -52,6 +79,7 @@ def test_an_array_goes_to_its_devices_in_parts():
         ((("model", -1),), (), "named data"),
         ((("data", -1), ("model", -1)), (), "at most one"),
         (AXES, ((".*", ("model",)),), "'model'"),
+        (AXES, ((".*", "fsdp"),), "'fsdp'"),
         (AXES, (("*", ()),), "not a regex"),
     ],
 )
