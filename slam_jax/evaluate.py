@@ -76,10 +76,13 @@ def report(
 ) -> str:
     """Writes samples/final.png and results.json; returns the table as text.
 
+    teacher: as pretrained.find has it, its parameters unread; of the student the UNet counts.
+
     Without eval.judge, the name of a classifier's folder, there is nothing to measure with.
     """
     if not settings.eval.judge:
         return f"the student is in {workdir / 'student'}"
+    teacher = pretrained.load(teacher)
     # Other drawings than the training's, of the same 9,216 captions.
     size, seed = settings.data.size, settings.seed + 1
     judge = make_judge(judge_params(settings), size, seed + 2)

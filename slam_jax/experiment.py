@@ -25,7 +25,7 @@ from slam_jax.distill import gamma, loss, step
 from slam_jax.errors import UserError
 from slam_jax.nets import lora
 from slam_jax.settings import Distill, Settings
-from slam_jax.weights import fingerprint, hub, pretrained
+from slam_jax.weights import fingerprint, hub, pretrained, translate
 from slam_jax.weights import lora as lora_file
 
 # Names in a config -> what they stand for; those with numbers after the name are called with them.
@@ -152,7 +152,8 @@ def shipped(
     if not settings.student.lora.rank:
         return trained, None
     additions = lora_file.baked(trained.params, lora_scale(settings))
-    return lora_file.merged(teacher, additions), additions
+    base = teacher._replace(params=translate.load(teacher.params, dtype=np.float32))
+    return lora_file.merged(base, additions), additions
 
 
 def nets(settings: Settings, teacher: pretrained.Pretrained, student_config: dict) -> step.Nets:

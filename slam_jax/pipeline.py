@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -36,6 +37,8 @@ Prompts = Mapping[str, Any]
 
 # What diffusers takes for a vae/config.json without the key, as Stable Diffusion 1.x has it.
 _SCALING_FACTOR = 0.18215
+# Layers of the UNet that compute in float32 whatever the dtype of the rest.
+_OF_TIMES = {"time_embedding", "add_embedding"}
 
 
 def dtype(name: str) -> DTypeLike:
@@ -43,6 +46,21 @@ def dtype(name: str) -> DTypeLike:
     if name not in ("float32", "bfloat16"):
         raise UserError(f"dtype {name!r} is not one of float32, bfloat16")
     return jnp.dtype(name)
+
+
+def at_rest(dtype: DTypeLike) -> Callable[[tuple[str, ...], np.ndarray], np.ndarray]:
+    """(path, parameter) of a frozen network -> as it is kept on the devices.
+
+    Kernels and embeddings are kept as what Linen would cast them to anyway, to compute in `dtype`.
+    Vectors, which are biases and norms, and the embeddings of times stay as they are, since norms
+    and times are computed in float32.
+    """
+
+    def cast(path: tuple[str, ...], parameter: np.ndarray) -> np.ndarray:
+        keeps = parameter.ndim < 2 or not _OF_TIMES.isdisjoint(path)
+        return parameter if keeps else parameter.astype(dtype)
+
+    return cast
 
 
 def posterior(config: Mapping, dtype: DTypeLike) -> Callable[[Params, Pixels], vae.Posterior]:

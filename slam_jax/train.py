@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +31,13 @@ def train(settings: Settings, workdir: Path) -> None:
     mesh.check_rules(**settings.mesh._asdict())
     if settings.eval.judge:
         evaluate.judge_params(settings)
-    teacher = experiment.teacher(settings)
-    student = experiment.student(settings, teacher.unet)
-    tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
-    examples = experiment.examples(settings, teacher, tokens)
-    nets = experiment.nets(settings, teacher, student.config)
+    found = experiment.teacher(settings)
+    student = experiment.student(settings, found.unet)
+    tokens = text_inputs.read(found.tokenizer, found.tokenizer_2)
+    examples = experiment.examples(settings, found, tokens)
+    nets = experiment.nets(settings, found, student.config)
     adamw = optimizer.adamw(**settings.optimizer._asdict())
-    method = experiment.method(settings.distill, teacher.scheduler)
+    method = experiment.method(settings.distill, found.scheduler)
     devices = mesh.make(settings.mesh.axes)
     mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     dataset = experiment.dataset(settings, examples, hosts.part())
@@ -45,21 +46,23 @@ def train(settings: Settings, workdir: Path) -> None:
     with log.bar(done, settings.num_steps) as progress:
         with log.phase(progress, "loading"):
             everywhere = mesh.replicated(devices)
-            key = jax.device_put(jax.random.key(settings.seed), everywhere)
-            train_key, samples_key = jax.random.split(key)
-            teacher = pretrained.load(teacher, place=mesh.placer(devices, settings.mesh.rules))
-            student = experiment.student(settings, teacher.unet)
-            params = translate.load(student.params, dtype=np.float32)
+            train_key, samples_key = _keys(settings.seed, everywhere)
+            place = mesh.placer(devices, settings.mesh.rules)
+            at_rest = pipeline.at_rest(pipeline.dtype(settings.teacher.dtype))
+            teacher = pretrained.load(found, place=lambda path, x: place(path, at_rest(path, x)))
             frozen = _frozen(settings, teacher, tokens, everywhere)
             draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
 
             first = partial(state.init, optimizer=adamw)
-            like = jax.eval_shape(first, params)
+            like = jax.eval_shape(first, _shapes(student.params))
             layout = mesh.shardings(like, devices, settings.mesh.rules)
             checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
             if done:
                 now = checkpoint.restore(checkpoints, done, like, layout)
             else:
+                params = translate.load({"student": student.params}, dtype=np.float32, place=place)[
+                    "student"
+                ]
                 now = jax.jit(first, out_shardings=layout)(params)
 
         steps = range(done + 1, settings.num_steps + 1)
@@ -116,10 +119,10 @@ def train(settings: Settings, workdir: Path) -> None:
 
         with log.phase(progress, "writing the student"):
             # The target, not the student: the average over steps is the better model.
-            unet = student._replace(params=jax.device_get(now.target))
-            student = _write_student(settings, workdir, teacher, unet)
+            unet = student._replace(params=mesh.gather(now.target, devices))
+            student = _write_student(settings, workdir, found, unet)
         with log.phase(progress, "evaluating"):
-            table = evaluate.report(workdir, teacher, student, settings)
+            table = evaluate.report(workdir, found, student, settings)
     print(table)
 
 
@@ -135,6 +138,17 @@ def _steps_done(settings: Settings, workdir: Path) -> int:
             f"{settings.num_steps}; raise it or choose another --workdir"
         )
     return done
+
+
+def _keys(seed: int, everywhere) -> tuple[jax.Array, jax.Array]:
+    """The keys of training and of the sample grids."""
+    make = jax.jit(lambda: jax.random.split(jax.random.key(seed)), out_shardings=everywhere)
+    return tuple(make())
+
+
+def _shapes(params: Mapping) -> Mapping:
+    """What jax.eval_shape takes for parameters, read or unread, that will be float32."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), params)
 
 
 def _frozen(

@@ -99,6 +99,15 @@ def placer(mesh: Mesh, rules: Rules) -> Callable[[tuple[str, ...], np.ndarray], 
     return place
 
 
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """The tree as numpy arrays on every host, however it lies; devices hold one leaf at a time.
+
+    All hosts must call it.
+    """
+    whole = jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
+    return jax.tree.map(lambda leaf: jax.device_get(whole(leaf)), tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -167,7 +167,8 @@ def write(
 ) -> None:
     """Write what `read` reads and diffusers' StableDiffusion(XL)Pipeline.from_pretrained loads.
 
-    dtype: of the weights in the files; None writes them as they are. readme: the model card. An
+    Parameters may be unread still. dtype: of the weights in the files; None writes them as they
+    are. readme: the model card. An
     existing model folder is replaced, at once and only when the new one is complete; any other
     folder is refused. A write that fails leaves nothing behind.
     """
@@ -216,7 +217,7 @@ def write_component(
     """Write one network's config.json and weights into `folder`, in place."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = translate.to_tensors(component.params)
+    tensors = translate.to_tensors(translate.load(component.params))
     if component.bare_names:
         tensors = {name.removeprefix(names.TEXT_PREFIX): tensors[name] for name in tensors}
     written_as = dtype or next(iter(tensors.values())).dtype
