@@ -58,7 +58,7 @@ def main() -> None:
     nets = models.build(size, jnp.dtype(options.dtype), options.remat)
     function = partial(
         step.train_step, nets=models.training_nets(nets), method=method(options.steps),
-        optimizer=ADAMW, ema_rate=0.95, num_steps=1000,
+        optimizer=ADAMW, ema_rate=0.95, num_steps=1000, max_grad_norm=1e3,
     )  # fmt: skip
     shapes = models.parameter_shapes(nets, size)
     timing.report("train_step", function, partial(arguments, size, options.batch), shapes, options)

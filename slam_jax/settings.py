@@ -87,6 +87,14 @@ class Eval(NamedTuple):
     num_images: int  # of each row of the table
 
 
+class Faults(NamedTuple):
+    """What is done about updates that would spoil the student, and about hosts that are gone."""
+
+    max_grad_norm: float  # before clipping; a larger one, or one that is not finite, is dropped
+    max_skips: int  # updates dropped within 1,000 steps; more, and the run goes back
+    max_rollbacks: int  # to the last checkpoint and on with other data; after so many it stops
+
+
 class Checkpoint(NamedTuple):
     """Saved states."""
 
@@ -122,15 +130,16 @@ class Settings(NamedTuple):
     data: Data
     eval: Eval
     checkpoint: Checkpoint
+    faults: Faults
     log: Log
     mesh: Mesh
 
 
-_GROUPS = (Teacher, Student, Lora, Distill, Optimizer, Data, Eval, Checkpoint, Log, Mesh)
+_GROUPS = (Teacher, Student, Lora, Distill, Optimizer, Data, Eval, Checkpoint, Faults, Log, Mesh)
 
 # May differ when a run is resumed: they do not touch what is learnt.
 FREE = (
-    "num_steps", "eval", "checkpoint", "log", "data.max_bad_fraction", "data.index_dir",
+    "num_steps", "eval", "checkpoint", "faults", "log", "data.max_bad_fraction", "data.index_dir",
     "data.num_threads", "data.num_workers",
 )  # fmt: skip
 
@@ -139,7 +148,10 @@ _AT_LEAST_ONE = (
     "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
     "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
 )  # fmt: skip
-_AT_LEAST_ZERO = ("seed", "student.lora.rank", "data.num_threads", "data.num_workers")
+_AT_LEAST_ZERO = (
+    "seed", "student.lora.rank", "data.num_threads", "data.num_workers", "faults.max_skips",
+    "faults.max_rollbacks",
+)  # fmt: skip
 _STRINGS = ("eval.prompts", "student.lora.targets", "data.crop", "data.filters")
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -10,17 +9,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slam_jax import command, evaluate, experiment, pipeline
-from slam_jax.data import batches, tally, text_inputs
+from slam_jax import command, evaluate, experiment, loop, pipeline
+from slam_jax.data import text_inputs
 from slam_jax.distill import optimizer, state, step
 from slam_jax.errors import UserError
-from slam_jax.runtime import checkpoint, folder, hosts, images, log, mesh
+from slam_jax.runtime import checkpoint, folder, hosts, log, mesh
 from slam_jax.settings import FREE, Settings, as_dict
 from slam_jax.weights import lora as lora_file
 from slam_jax.weights import pretrained, translate
 from slam_jax.weights import student as student_folder
-
-_NUM_PREFETCH = 4  # batches held ready
 
 
 def train(settings: Settings, workdir: Path) -> None:
@@ -56,66 +53,39 @@ def train(settings: Settings, workdir: Path) -> None:
             first = partial(state.init, optimizer=adamw)
             like = jax.eval_shape(first, _shapes(student.params))
             layout = mesh.shardings(like, devices, settings.mesh.rules)
+            placed = jax.tree.map(
+                lambda leaf, sharding: leaf.update(sharding=sharding), like, layout
+            )
             checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
-            if done:
-                now = checkpoint.restore(checkpoints, done, like, layout)
-            else:
-                params = translate.load({"student": student.params}, dtype=np.float32, place=place)[
-                    "student"
-                ]
-                now = jax.jit(first, out_shardings=layout)(params)
 
-        steps = range(done + 1, settings.num_steps + 1)
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
-        run = jax.jit(
+        train_step = jax.jit(
             partial(
                 step.train_step, nets=nets, method=method, optimizer=adamw,
                 ema_rate=settings.ema_rate, num_steps=settings.num_steps,
+                max_grad_norm=settings.faults.max_grad_norm,
             ),
             donate_argnums=0, out_shardings=(layout, everywhere),
         )  # fmt: skip
-        if steps:
+        if done < settings.num_steps:
             with log.phase(progress, "compiling the step"):
-                run = run.lower(now, frozen, put(dataset[done].arrays), train_key).compile()
+                batch = put(dataset[done].arrays)
+                train_step = train_step.lower(placed, frozen, batch, train_key).compile()
 
-        feed = batches.iterate(
-            dataset, done,
-            num_threads=settings.data.num_threads, num_workers=settings.data.num_workers,
-            num_prefetch=_NUM_PREFETCH,
-        )  # fmt: skip
-        with (
-            log.started(workdir, done, progress) as journal,
-            contextlib.closing(feed),
-            contextlib.closing(checkpoints),
-            jax.transfer_guard("disallow"),
-        ):
-            unseen, counted = [], tally.EMPTY
-            for number in steps:
-                try:
-                    batch = next(feed)
-                    counted = _count(journal, settings, number, batch, counted)
-                except UserError:
-                    # The data's fault: what has been learnt until here is kept.
-                    while unseen:
-                        _record(journal, settings, *unseen.pop(0))
-                    if number - 1 > done and number - 1 not in checkpoints.all_steps():
-                        checkpoint.save(checkpoints, number - 1, now)
-                    raise
-                now, metrics = run(now, frozen, put(batch.arrays), train_key)
-                unseen.append((number, metrics, tally.summary(batch.dropped, batch.num_cut)))
-                last = number == settings.num_steps
-                draws = last or number % settings.eval.every_steps == 0
-                saves = last or number % settings.checkpoint.every_steps == 0
-                # The metrics of a step are fetched when the next one is under way, except that
-                # no state is used or saved before its own are known to be finite.
-                while len(unseen) > (0 if draws or saves else 1):
-                    _record(journal, settings, *unseen.pop(0))
-                if draws:
-                    with log.phase(progress, "drawing samples"):
-                        _write_samples(journal, workdir, number, draw(now.target))
-                # After metrics and samples: whatever precedes a checkpoint is never missing.
-                if saves:
-                    checkpoint.save(checkpoints, number, now)
+        def restored(saved: int) -> state.TrainState:
+            if saved:
+                return checkpoint.restore(checkpoints, saved, like, layout)
+            unread = {"student": student.params}
+            params = translate.load(unread, dtype=np.float32, place=place)["student"]
+            return jax.jit(first, out_shardings=layout)(params)
+
+        with contextlib.closing(checkpoints):
+            run = loop.Run(
+                settings, workdir, dataset,
+                step=lambda now, arrays: train_step(now, frozen, put(arrays), train_key),
+                draw=draw, checkpoints=checkpoints, progress=progress,
+            )  # fmt: skip
+            now = loop.to_the_end(run, restored, done)
 
         with log.phase(progress, "writing the student"):
             # The target, not the student: the average over steps is the better model.
@@ -194,44 +164,6 @@ def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_k
         return np.stack([teacher_images(), drawn], axis=1)
 
     return draw
-
-
-def _count(
-    journal: log.Log, settings: Settings, number: int, batch: batches.Batch, counted: tally.Tally
-) -> tally.Tally:
-    """Lists the batch's bad samples; UserError if with them there are too many."""
-    bad = [dropped._asdict() for dropped in batch.dropped if not dropped.filtered]
-    log.bad_samples(journal, number, bad)
-    counted = tally.add(counted, len(batch.arrays["input_ids"]), batch.dropped)
-    tally.check(counted, settings.data.max_bad_fraction)
-    return counted
-
-
-def _record(
-    journal: log.Log, settings: Settings, number: int, metrics: dict, counts: dict[str, int]
-) -> None:
-    """Fetches a step's metrics, shows them, and writes a line if one is due.
-
-    counts: of the samples left out of its batch; a line has their sums since the one before.
-    """
-    journal.counts.update(counts)
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name]):
-            raise FloatingPointError(
-                f"step {number}: {name} is {values[name]}; the last good checkpoint is kept: "
-                "lower optimizer.learning_rate, or look at the data, and run again"
-            )
-    rate = log.advance(journal.progress, settings.batch_size, values["loss"])
-    if number % settings.log.every_steps == 0:
-        log.write(journal, number, {**values, "images_per_second": rate, **journal.counts})
-        journal.counts.clear()
-
-
-def _write_samples(journal: log.Log, workdir: Path, number: int, drawn: np.ndarray) -> None:
-    pixels = images.grid(drawn)
-    folder.write_atomic(workdir / "samples" / f"step_{number:06d}.png", images.png(pixels))
-    log.picture(journal, number, "teacher and student", pixels)
 
 
 def _write_student(settings: Settings, workdir: Path, teacher, trained) -> pretrained.Pretrained:

@@ -103,6 +103,7 @@ def test_a_train_step_can_be_built(name):
         step.train_step, nets=experiment.nets(chosen, teacher, student.config),
         method=experiment.method(chosen.distill, teacher.scheduler), optimizer=adamw,
         ema_rate=chosen.ema_rate, num_steps=chosen.num_steps,
+        max_grad_norm=chosen.faults.max_grad_norm,
     )  # fmt: skip
     after, metrics = jax.eval_shape(run, before, frozen, batch, jax.random.key(0))
     assert jax.tree.structure(after) == jax.tree.structure(before)

@@ -65,7 +65,10 @@ frozen = jax.device_put(
 now = jax.jit(partial(state.init, optimizer=adamw), out_shardings=everywhere)(params)
 key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere)()
 run = jax.jit(
-    partial(step.train_step, nets=nets, method=method, optimizer=adamw, ema_rate=0.9, num_steps=9),
+    partial(
+        step.train_step, nets=nets, method=method, optimizer=adamw, ema_rate=0.9, num_steps=9,
+        max_grad_norm=1e9,
+    ),
     out_shardings=everywhere,
 )
 everyone = partial(multihost_utils.process_allgather, tiled=True)

@@ -63,7 +63,7 @@ def run(devices, rules):
         partial(
             step.train_step, nets=experiment.nets(chosen, teacher, student.config),
             method=experiment.method(chosen.distill, teacher.scheduler), optimizer=sgd,
-            ema_rate=0.9, num_steps=10,
+            ema_rate=0.9, num_steps=10, max_grad_norm=1e9,
         ),
         out_shardings=(layout, everywhere),
     )
@@ -71,7 +71,7 @@ def run(devices, rules):
     after, metrics = train(now, frozen, put, key)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(after))
-    gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), student_params, after.student)
+    gradient = jax.tree.map(lambda a, b: np.asarray(a) - b, student_params, after.student)
     shards = len(put["image"].sharding.device_set), put["image"].addressable_shards[0].data.shape[1]
     return float(metrics["loss"]), jax.tree.leaves(gradient), held / whole, shards
 

@@ -62,7 +62,8 @@ class Lab:
             "distill.stride": 20,
             "optimizer.learning_rate": 1e-2, "data.num_threads": 1, "log.every_steps": 1,
             "checkpoint.every_steps": SAVE_EVERY, "eval.every_steps": 5, "eval.teacher_steps": 2,
-            "eval.student_steps": 2, "eval.judge": "", "eval.prompts": ("a circle", "a square"),
+            "eval.student_steps": 2, "eval.judge": "", "faults.max_skips": 1,
+            "eval.prompts": ("a circle", "a square"),
         }  # fmt: skip
         return subprocess.Popen(
             [
@@ -134,7 +135,7 @@ def test_run_folder_is_complete(straight):
     assert all(
         line.keys() == {
             "step", "loss", "grad_norm", "update_norm", "images_per_second",
-            "bad_samples", "filtered_samples", "cut_captions",
+            "bad_samples", "filtered_samples", "cut_captions", "skipped_updates",
         }
         for line in lines
     )  # fmt: skip
@@ -232,7 +233,7 @@ def _files(folder):
     }
 
 
-def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(lab, straight, tiny_folder):
+def test_losses_that_stay_nan_stop_the_run_and_keep_the_checkpoint(lab, straight, tiny_folder):
     """Resumed before the last steps with a teacher whose weights have become NaN."""
     poisoned = pathlib.Path(shutil.copytree(tiny_folder, lab.folder / "poisoned" / "model"))
     tensors = safetensors.load_file(poisoned / WEIGHTS)
@@ -244,7 +245,17 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(lab, straight, t
     status, _, err = lab.finish("stopped", "poisoned")
     last = err.splitlines()[-1]
     assert status == 1
-    assert last.startswith(f"error: step {NUM_STEPS - SAVE_EVERY + 1}: loss is nan"), err
+    saved = NUM_STEPS - SAVE_EVERY
+    assert f"step {saved + 1}: the update was dropped, since the loss is nan" in err
+    assert last.startswith(f"error: step {saved + 2}: 2 updates within 1000 steps were drop"), err
     assert "Traceback" not in err
-    assert _saved(workdir) == [NUM_STEPS - SAVE_EVERY]
-    assert [line["step"] for line in _lines(workdir)] == list(range(1, NUM_STEPS - SAVE_EVERY + 1))
+    assert _saved(workdir) == [saved]
+    # It went back once, and on with the data that come after those of the two steps.
+    rollbacks = (workdir / "rollbacks.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in rollbacks] == [
+        {"step": saved + 2, "back_to": saved, "offset": 2}
+    ]
+    lines = _lines(workdir)
+    assert [line["step"] for line in lines] == list(range(1, saved + 3))
+    assert [line["skipped_updates"] for line in lines] == [0] * saved + [1, 1]
+    assert all("loss" not in line for line in lines[saved:])

@@ -38,9 +38,12 @@ def all_trained(_teacher: Params, trained: Params) -> Params:
 def train_step(
     state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKey, *,
     nets: Nets, method: Method, optimizer: optax.GradientTransformation, ema_rate: float,
-    num_steps: int,
+    num_steps: int, max_grad_norm: float,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
-    """One update from the mean gradient of all microbatches; `key` is the run's, not the step's."""
+    """One update from the mean gradient of all microbatches; `key` is the run's, not the step's.
+
+    A gradient above max_grad_norm, or one that is not finite, changes nothing but the step.
+    """
     step_key = jax.random.fold_in(key, state.step)
     progress = state.step / num_steps
     batch_loss = partial(_mean_loss, nets, method, frozen, state.target, progress)
@@ -51,12 +54,16 @@ def train_step(
     target = jax.tree.map(
         lambda old, new: ema_rate * old + (1.0 - ema_rate) * new, state.target, student
     )
+    after = TrainState(state.step, student, target, opt_state)
     metrics = {
         "loss": mean_loss,
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
     }
-    return TrainState(state.step + 1, student, target, opt_state), metrics
+    usable = jnp.isfinite(mean_loss) & (metrics["grad_norm"] <= max_grad_norm)
+    after = jax.tree.map(partial(jnp.where, usable), after, state)
+    metrics["skipped"] = 1.0 - usable.astype(jnp.float32)
+    return after.replace(step=state.step + 1), metrics
 
 
 def _mean_gradient(batch_loss, student, batch, step_key):

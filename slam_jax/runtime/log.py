@@ -84,14 +84,19 @@ def write(log: Log, step: int, values: Mapping[str, float]) -> None:
         log.events.add_scalar(name, value, step)
 
 
+def say(progress: Progress, warning: str) -> None:
+    """A line on stderr, above the bar."""
+    progress.bar.write(f"warning: {warning}", file=sys.stderr)
+
+
 def bad_samples(log: Log, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
     """A line of bad_samples.jsonl for each sample that was left out; says so the first time."""
     if samples and not log.bad.tell():
         first = samples[0]
-        log.progress.bar.write(
-            f"warning: {first['shard']}: {first['key']}: {first['reason']}; the next "
-            f"good sample is taken instead; all such samples are listed in {log.bad.name}",
-            file=sys.stderr,
+        say(
+            log.progress,
+            f"{first['shard']}: {first['key']}: {first['reason']}; the next good sample is taken "
+            f"instead; all such samples are listed in {log.bad.name}",
         )
     for sample in samples:
         log.bad.write(json.dumps({"step": step, **sample}) + "\n")

@@ -30,6 +30,7 @@ METHOD = loss.Method(
 )  # fmt: skip
 ADAMW = optimizer.adamw(1e-2, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
 ACCUMULATE = 2
+MAX_GRAD_NORM = 100.0
 
 
 def _net(params, x, t, text, *gamma):
@@ -96,7 +97,13 @@ def _step(num_devices, nets=NETS):
     everywhere = mesh.replicated(devices)
     run = jax.jit(
         partial(
-            step.train_step, nets=nets, method=METHOD, optimizer=ADAMW, ema_rate=0.9, num_steps=10
+            step.train_step,
+            nets=nets,
+            method=METHOD,
+            optimizer=ADAMW,
+            ema_rate=0.9,
+            num_steps=10,
+            max_grad_norm=MAX_GRAD_NORM,
         ),
         out_shardings=everywhere,
     )
@@ -128,7 +135,7 @@ def test_student_moves_and_target_follows_by_its_rate(one_device):
     )
     _assert_close(after.target, expected, 3e-7)
     assert {name: value.shape for name, value in metrics.items()} == {
-        "loss": (), "grad_norm": (), "update_norm": (),
+        "loss": (), "grad_norm": (), "update_norm": (), "skipped": (),
     }  # fmt: skip
 
 
@@ -211,11 +218,23 @@ def test_randomness_depends_on_the_step_alone(one_device):
     assert first["loss"] == again["loss"] != later["loss"]
 
 
-def test_non_finite_input_is_reported(one_device):
+@pytest.mark.parametrize("poison", [np.inf, np.nan, 1e9])
+def test_an_update_that_would_spoil_everything_is_dropped(one_device, poison):
+    """Too large a gradient as well as none at all; and what follows is as if it had not been."""
     start, frozen, batch, key = _inputs()
-    batch["image"][3] = np.inf
+    start = jax.device_get(start)
+    batch["image"][3] = poison
+    after, metrics = one_device(start, frozen, batch, key)
+    assert metrics["skipped"] == 1 and not metrics["grad_norm"] <= MAX_GRAD_NORM
+    assert np.isfinite(metrics["loss"]) == (poison == 1e9)
+    assert after.step == start.step + 1
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=start.step), start)
+
+
+def test_other_updates_are_not_dropped(one_device):
+    start, frozen, batch, key = _inputs()
     _, metrics = one_device(start, frozen, batch, key)
-    assert not np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == 0 and metrics["grad_norm"] < MAX_GRAD_NORM
 
 
 def test_state_is_float32_and_shares_no_memory():
