@@ -122,7 +122,9 @@ def tar(folder: Path, quick: bool) -> dict[str, float]:
     large.mkdir()
     synthetic.tar(large / "00000.tar", files, samples, extra=max(0, 160_000 - len(files[0])))
     num_bytes = (large / "00000.tar").stat().st_size
-    seconds = _seconds(lambda: len(sources.find(str(large / "*.tar"), folder / "index_of_large")))
+    seconds = _seconds(
+        lambda: len(sources.find(str(large / "*.tar"), str(folder / "index_of_large")))
+    )
     shutil.rmtree(large)
     first, again = _many_tars(folder, files, many)
     return {
@@ -147,7 +149,7 @@ def _many_tars(folder: Path, files: tuple[bytes, ...], many: int) -> tuple[float
     tokenizers = synthetic.letters(folder / "tokenizer")
 
     def first_batch() -> None:
-        source = sources.find(str(shards / "*.tar"), folder / "index")
+        source = sources.find(str(shards / "*.tar"), str(folder / "index"))
         made = pictures.Pictures(source, (), image.Crop(64, True, True), tokenizers)
         _epoch(made, 8, warm_up=0, count=1, num_workers=0)
 
