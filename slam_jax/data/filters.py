@@ -5,25 +5,26 @@ Written "short_side >= 512", "aspect <= 2", or with any number of a sample's jso
 """
 
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slam_jax.errors import BadSample, UserError
 
-_CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=)\s*(\S+)\s*")
+_CONDITION = re.compile(r"\s*([^\s<>=]+)\s*(<=|>=)\s*(\S+)\s*")
 # In pixels; and the long side over the short one.
 _OF_SIZE = ("short_side", "aspect")
-# The same number as other releases of LAION call it.
-_OTHER_NAMES = {
-    "aesthetic": ("AESTHETIC_SCORE", "aesthetic_score"),
-    "punsafe": ("p_unsafe",),
-    "pwatermark": ("p_watermark",),
-}
+# What releases of LAION call the same number.
+_SYNONYMS = (
+    ("aesthetic", "AESTHETIC_SCORE", "aesthetic_score"),
+    ("pwatermark", "p_watermark"),
+    ("punsafe", "p_unsafe"),
+)
 
 
 class Filter(NamedTuple):
-    """least <= the field <= most; a sample without the field passes."""
+    """least <= the field <= most; a sample without that number passes."""
 
     field: str
     least: float
@@ -37,16 +38,13 @@ def parse(conditions: Sequence[str]) -> tuple[Filter, ...]:
 
 def _parse(condition: str) -> Filter:
     match = _CONDITION.fullmatch(condition)
-    try:
-        field, relation, number = match.groups()
-        bound = float(number)
-    except (AttributeError, ValueError):
-        bound = math.nan
-    if math.isnan(bound):
+    bound = _number(match.group(3)) if match else math.nan
+    if not math.isfinite(bound):
         raise UserError(
             f"filter {condition!r} is not of the form FIELD >= NUMBER or FIELD <= NUMBER, such as "
             f"'short_side >= 512'; FIELD is {', '.join(_OF_SIZE)} or any number in the json"
         )
+    field, relation, _ = match.groups()
     return Filter(field, bound, math.inf) if relation == ">=" else Filter(field, -math.inf, bound)
 
 
@@ -54,8 +52,8 @@ def check_fields(wanted: Sequence[Filter], fields: Mapping[str, Any]) -> None:
     """BadSample, filtered, if one of the sample's own numbers is out of bounds."""
     for each in wanted:
         if each.field not in _OF_SIZE:
-            for name in (each.field, *_OTHER_NAMES.get(each.field, ())):
-                _check(each, fields.get(name))
+            for name in _names(each.field):
+                _check(each, _number(fields.get(name)))
 
 
 def check_size(wanted: Sequence[Filter], width: int, height: int) -> None:
@@ -66,9 +64,22 @@ def check_size(wanted: Sequence[Filter], width: int, height: int) -> None:
             _check(each, short if each.field == "short_side" else long / short)
 
 
-def _check(wanted: Filter, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return
+def _names(field: str) -> tuple[str, ...]:
+    return next((names for names in _SYNONYMS if field in names), (field,))
+
+
+def _number(value: Any) -> float:
+    """The number that json or a table holds, also as text; nan if it is none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _check(wanted: Filter, value: float | int) -> None:
+    """Of nan nothing is known, and it passes."""
     if value < wanted.least:
         raise BadSample(f"{wanted.field} < {wanted.least:g}", filtered=True)
     if value > wanted.most:

@@ -29,6 +29,7 @@ class Pictures:
         """
         sample = self.source[index]
         try:
+            _check_caption(sample.caption)
             filters.check_fields(self.filters, sample.fields)
             picture = image.opened(sample.image)
             filters.check_size(self.filters, *picture.size)
@@ -37,3 +38,11 @@ class Pictures:
             raise BadSample(bad.reason, sample.shard, sample.key, filtered=bad.filtered) from None
         text, cut = self.tokenizers.encode_one(sample.caption, square.time_ids)
         return Example({"image": square.pixels, **text}, cut)
+
+
+def _check_caption(caption: str) -> None:
+    """BadSample for half a character, which json can hold and no tokenizer takes."""
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise BadSample("caption is not UTF-8") from None
