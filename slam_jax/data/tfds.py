@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from google.protobuf import message
+from google.protobuf import json_format, message
 
 from slam_jax.data import captions
 from slam_jax.data.sample import Sample
@@ -17,7 +17,7 @@ from slam_jax.errors import BadSample, UserError
 
 _CAPTIONS = ("caption", "captions", "text")
 # What its readers raise on damaged or missing files.
-_DAMAGE = (ValueError, RuntimeError, OSError, message.DecodeError)
+_DAMAGE = (ValueError, RuntimeError, OSError, message.DecodeError, json_format.ParseError)
 
 
 class Place(NamedTuple):
@@ -25,13 +25,13 @@ class Place(NamedTuple):
 
     folder: str
     split: str
-    images: tuple[str, ...]
+    images: tuple[str, ...]  # the picture is the one called image, or else the first by name
     caption: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of a split; their keys are their numbers. The first image is the picture."""
+    """The examples of a split; their keys are their numbers."""
 
     place: Place
     size: int
@@ -48,6 +48,8 @@ class Dataset:
         try:
             example = dict(_data(self.place)[index])
             content = example.pop(image)
+            if not isinstance(content, bytes):  # of a record that is cut, all features are None
+                raise BadSample("unreadable record")
             caption = _first_text(example[self.place.caption])
         except BadSample as bad:
             raise BadSample(bad.reason, shard, key) from None
@@ -69,7 +71,9 @@ def opened(name: str) -> Dataset:
     folder = _folder(name)
     try:
         builder = tfds.builder_from_directory(folder)
-        place = Place(folder, split or "train", *_features(name, builder.info.features))
+        place = Place(
+            folder, split or "train", *_features(name, dict(builder.info.features.items()))
+        )
         return Dataset(place, len(_data(place)))
     except NotImplementedError:
         raise UserError(
@@ -109,10 +113,12 @@ def _features(
     name: str, features: Mapping[str, tfds.features.FeatureConnector]
 ) -> tuple[tuple[str, ...], str]:
     """Images and caption. UserError naming those that are there if one of them is missing."""
-    images = tuple(key for key in features if isinstance(features[key], tfds.features.Image))
+    images = (key for key in features if isinstance(features[key], tfds.features.Image))
+    # They come in no order.
+    images = tuple(sorted(images, key=lambda name: (name != "image", name)))
     caption = next((key for key in _CAPTIONS if _has_text(features, key)), None)
     if not images or caption is None:
-        kinds = (f"{key} ({type(features[key]).__name__})" for key in features)
+        kinds = (f"{key} ({type(features[key]).__name__})" for key in sorted(features))
         raise UserError(
             f"tfds:{name} has {', '.join(kinds)}; it must have an Image and one of "
             f"{', '.join(_CAPTIONS)}, a Text or several"
@@ -128,13 +134,13 @@ def _has_text(features: Mapping[str, tfds.features.FeatureConnector], key: str) 
     if isinstance(feature, tfds.features.Sequence | tfds.features.Dataset):
         return _has_text({key: feature.feature}, key)
     if isinstance(feature, tfds.features.FeaturesDict):
-        return _has_text(feature, "text")
+        return _has_text(dict(feature.items()), "text")
     return isinstance(feature, tfds.features.Text)
 
 
 @functools.lru_cache
-def _data(place: Place) -> Sequence[Mapping[str, Any]]:
-    """One for all threads of the process, which opens its files when asked for an example."""
+def _data(place: Place):
+    """The examples, shared by all threads of the process; files are opened when asked for."""
     builder = tfds.builder_from_directory(place.folder)
     decoders = dict.fromkeys(place.images, tfds.decode.SkipDecoding())
     return builder.as_data_source(place.split, decoders=decoders)
@@ -147,7 +153,7 @@ def _first_text(value: Any) -> str:
         return captions.decoded(value)
     if isinstance(value, str):
         return captions.checked(value)
-    first = next(iter(value), None)
+    first = next(iter(() if value is None else value), None)
     if first is None:
         raise BadSample("missing caption")
     return _first_text(first)

@@ -29,8 +29,12 @@ def reason(source, index: int) -> str:
 
 
 def test_reads_rows_in_order_over_files_and_row_groups(tmp_path):
-    paths = [write(tmp_path / "b.parquet", score=[i / 2 for i in range(7)]),
-             write(tmp_path / "a.parquet", rows=0), write(tmp_path / "c.parquet", rows=2)]  # fmt: skip
+    scores = [i / 2 for i in range(7)]
+    paths = [
+        write(tmp_path / "b.parquet", score=scores),
+        write(tmp_path / "a.parquet", rows=0),
+        write(tmp_path / "c.parquet", rows=2),
+    ]
     source = parquet.opened(paths)
     assert len(source) == 9
     assert [each.key for each in source] == [*"0123456", *"01"]

@@ -64,7 +64,7 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
             }
             name = self.builder_config.name
             yield i, {"image": picture(i), name: captions[name], "score": i / 2, "source": "web",
-                      "mask": picture(0), "box": F.BBox(0, 0, 1, 1)}
+                      "mask": picture(0), "box": F.BBox(0.0, 0.0, 1.0, 1.0)}
 
 
 def picture(i):
@@ -176,7 +176,7 @@ def test_the_newest_version_is_read(copied):
         ("pairs/caption:3.0.0", "is not in"),
         ("pairs/caption@valid", "valid.*train.*test"),
         ("pairs/caption@train[", "cannot be read: .*split"),
-        ("pairs/label", r"image \(Image\).* label \(ClassLabel\).*must have .*caption, captions"),
+        ("pairs/label", r"image \(Image\), label \(ClassLabel\).*must have .*caption, captions"),
     ],
 )
 def test_refuses_what_it_cannot_read(data, name, said):
