@@ -14,7 +14,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _METADATA = "metadata.jsonl"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class ImageFolder:
     """Pictures of a folder, and what metadata.jsonl tells of each, if there is one."""
 

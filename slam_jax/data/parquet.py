@@ -37,7 +37,7 @@ class File(NamedTuple):
     ends: tuple[int, ...]  # rows up to and with each row group
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Tables:
     """The rows of all files, one file after the other; their keys are row numbers."""
 

@@ -9,6 +9,7 @@ import os
 import struct
 import tarfile
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,7 +19,9 @@ from slam_jax.errors import UserError
 
 _MAGIC = b"slamidx1"
 _HEADER = struct.Struct("<8sQqI")  # _MAGIC, the tar's size and time, bytes of a key
-_ROW = struct.Struct("<6QB")  # offset and size of picture, text, json; the number of a reason
+# Offset and size of picture, text and json, the number of a reason; behind it lies the key.
+_ROW = struct.Struct("<6QB")
+_CHECKSUM = struct.Struct("<I")
 _LONGEST_KEY = 255
 _PICTURES = ("jpg", "jpeg", "png", "webp")
 # Reasons why a sample is known to be bad before it is read; the first is "it is not".
@@ -85,8 +88,12 @@ def find(tar: str, index: str) -> Shard | None:
         return None
     finally:
         os.close(descriptor)
-    num_rows, rest = divmod(size - _HEADER.size, _ROW.size + key_size)
+    num_rows, rest = divmod(size - _HEADER.size, _width(key_size))
     return None if rest else Shard(tar, index, now, num_rows, key_size)
+
+
+def _width(key_size: int) -> int:
+    return _ROW.size + key_size + _CHECKSUM.size
 
 
 def check(descriptor: int, now: Stamp) -> int:
@@ -101,11 +108,12 @@ def check(descriptor: int, now: Stamp) -> int:
 
 
 def read_row(descriptor: int, key_size: int, number: int) -> Row:
-    """Row `number` of an open index; OSError if it has no such row."""
-    width = _ROW.size + key_size
+    """Row `number` of an open index; OSError if it has no such row, or a damaged one."""
+    width = _width(key_size)
     content = os.pread(descriptor, width, _HEADER.size + number * width)
-    if len(content) < width:
-        raise OSError("the index is cut short")
+    content, checksum = content[: -_CHECKSUM.size], content[-_CHECKSUM.size :]
+    if checksum != _CHECKSUM.pack(zlib.crc32(content)):
+        raise OSError("the index is damaged")
     *numbers, reason = _ROW.unpack_from(content)
     image, text, fields = (Span(*numbers[i : i + 2]) for i in (0, 2, 4))
     key = content[_ROW.size :].rstrip(b"\0").decode("utf-8", "replace")
@@ -128,7 +136,8 @@ def write(tar: str, index: str) -> Shard:
     content = [_HEADER.pack(_MAGIC, *now, key_size)]
     for row, key in zip(rows, keys, strict=True):
         reason = _REASONS.index(row.reason)
-        content += _ROW.pack(*row.image, *row.text, *row.json, reason), key.ljust(key_size, b"\0")
+        packed = _ROW.pack(*row.image, *row.text, *row.json, reason) + key.ljust(key_size, b"\0")
+        content += packed, _CHECKSUM.pack(zlib.crc32(packed))
     _write_atomic(Path(index), b"".join(content))
     return Shard(tar, index, now, len(rows), key_size)
 

@@ -23,7 +23,7 @@ _NUM_OPEN = 64
 _LOOKING = 256  # shards that a thread looks for at a time
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Tars:
     """The samples of all shards, one shard after the other.
 
@@ -90,7 +90,7 @@ def _index_path(tar: str, index_dir: str) -> str:
     return str(Path(index_dir, digest, f"{name}.idx"))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Files:
     """Descriptors of a tar and its index, closed when the last thread lets go of them."""
 

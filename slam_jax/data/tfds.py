@@ -29,7 +29,7 @@ class Place(NamedTuple):
     caption: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """The examples of a split; their keys are their numbers."""
 

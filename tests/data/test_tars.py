@@ -258,6 +258,17 @@ def test_a_broken_index_is_made_anew(shard, mend):
     assert outcomes(tars.opened([shard], "")) == ["red", "blue"]
 
 
+def test_a_damaged_row_of_an_index_is_not_followed(shard):
+    tars.opened([shard], "")
+    index = Path(f"{shard}.idx")
+    content = index.read_bytes()
+    row = len(content[28:]) // 2
+    for place in range(28, 28 + row):
+        index.write_bytes(content[:place] + bytes([content[place] ^ 128]) + content[place + 1 :])
+        tars._opened.cache_clear()
+        assert outcomes(tars.opened([shard], "")) == ["!unreadable shard", "blue"]
+
+
 def test_indices_can_lie_elsewhere(tmp_path):
     paths = [pack(tmp_path / folder / "0.tar", sample(folder)) for folder in "ab"]
     for _ in range(2):
