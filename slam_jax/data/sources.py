@@ -26,8 +26,8 @@ def find(name: str, index_dir: str):
     """
     if name.startswith(_TFDS):
         return _tfds(name)
-    if not name or "://" in name:
-        raise UserError(f"source {name!r} is none that can be read; give {_KINDS}")
+    if "://" in name:
+        raise UserError(f"source {name!r} is no local file; mount it or copy it to a local disk")
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         shards = _shards(path)

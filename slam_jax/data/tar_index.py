@@ -225,7 +225,7 @@ def _walk(tar: tarfile.TarFile, size: int, members: list[_Member]) -> _Group:
                 span = Span(0, 0) if is_cut else Span(member.offset_data, member.size)
                 members.append(_Member(*named, span, "truncated tar" if is_cut else ""))
             if is_cut:
-                return _Group("", {}, "" if named else "truncated tar")
+                return _Group("", {}, "truncated tar")
     except _DAMAGE:
         broken = True
     return _end(tar.fileobj, max(0, min(tar.offset, size)), size, broken)

@@ -98,7 +98,7 @@ def test_a_home_folder_is_followed(shards, monkeypatch):
     [
         ("laion", "'laion' is not there; give shapes2d"),
         ("", "give shapes2d"),
-        ("s3://bucket/{000..100}.tar", "give shapes2d"),
+        ("s3://bucket/{000..100}.tar", "no local file; mount it"),
         ("{top}/absent.tar", "absent.tar' is not there"),
         ("{top}/absent", "absent' is not there"),
         ("{top}/absent*.tar", r"absent\*.tar' is not there"),

@@ -48,8 +48,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         name = self.builder_config.name
         image = F.Image(encoding_format="png")
         return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict({
-            "image": image, name: CONFIGS[name], "score": np.float32, "source": F.Text(),
-            "mask": image, "box": F.BBoxFeature(),
+            "image": image, name: CONFIGS[name], "score": np.float32, "count": np.int64,
+            "source": F.Text(), "mask": image, "box": F.BBoxFeature(),
         }))
 
     def _split_generators(self, _):
@@ -63,8 +63,8 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
                 "text": [text] if i != 7 else [], "label": i,
             }
             name = self.builder_config.name
-            yield i, {"image": picture(i), name: captions[name], "score": i / 2, "source": "web",
-                      "mask": picture(0), "box": F.BBox(0.0, 0.0, 1.0, 1.0)}
+            yield i, {"image": picture(i), name: captions[name], "score": i / 2, "count": i,
+                      "source": "web", "mask": picture(0), "box": F.BBox(0.0, 0.0, 1.0, 1.0)}
 
 
 def picture(i):
@@ -117,8 +117,9 @@ def test_reads_captions_however_they_are_given(data, config):
     assert sorted(each.caption for each in found) == [f"caption {i}" for i in range(5)]
     for number, each in enumerate(found):
         i = int(each.caption[-1])
-        fields = {name: each.fields[name] for name in ("score", "source")}
-        assert fields == {"score": i / 2, "source": "web"} and type(each.fields["score"]) is float
+        fields = {name: each.fields[name] for name in ("score", "count", "source")}
+        assert fields == {"score": i / 2, "count": i, "source": "web"}
+        assert (type(fields["score"]), type(fields["count"])) == (float, int)
         assert not {"mask", "box", "image"} & each.fields.keys()
         assert each.shard == f"{data}/pairs/{config}/1.10.0" and each.key == str(number)
         assert isinstance(each.image, bytes) and each.image.startswith(b"\x89PNG")
