@@ -155,6 +155,12 @@ def test_names_are_never_paths_to_write_to(tmp_path):
     assert left == [Path(path), Path(f"{path}.idx")]
 
 
+def test_a_sample_cut_in_a_part_of_no_use_is_truncated_too(tmp_path):
+    path = pack(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.cls", b"x" * 2000)])
+    os.truncate(path, 2600)
+    assert outcomes(tars.opened([path], "")) == ["!truncated tar"]
+
+
 def test_a_cut_picture_leaves_the_sample_before_it_as_it_is(tmp_path):
     members = [*sample("a"), ("b.jpg", b"1"), ("c.jpg", b"x" * 2000)]
     path = pack(tmp_path / "x.tar", members)
@@ -254,8 +260,10 @@ def test_the_index_is_made_once_and_anew_when_the_tar_changes(shard):
 def test_a_broken_index_is_made_anew(shard, mend):
     tars.opened([shard], "")
     index = Path(f"{shard}.idx")
-    index.write_bytes(mend(index.read_bytes()))
+    whole = index.read_bytes()
+    index.write_bytes(mend(whole))
     assert outcomes(tars.opened([shard], "")) == ["red", "blue"]
+    assert index.read_bytes() == whole
 
 
 def test_a_damaged_row_of_an_index_is_not_followed(shard):

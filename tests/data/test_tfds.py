@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slam_jax.data import sources
+from slam_jax.data import tfds as our_tfds
 from slam_jax.errors import BadSample, UserError
-
-tfds = pytest.importorskip("tensorflow_datasets")
 
 # A dataset of pairs, whose builder has to lie in a module of its own folder.
 BUILDER = """
@@ -148,6 +148,12 @@ def test_pixels_are_the_example_s_own(data):
 
     for each in sources.find("tfds:pairs/caption", ""):
         assert image.opened(each.image).getpixel((0, 0)) == (int(each.caption[-1]), 0, 0)
+
+
+def test_numbers_are_python_s_whichever_reader_made_them():
+    found = [our_tfds._plain(value) for value in (np.float32(0.5), np.int64(3), b"\xff", [1])]
+    assert found == [0.5, 3, "\ufffd", None]
+    assert [type(value) for value in found[:2]] == [float, int]
 
 
 def test_no_text_in_a_sequence_is_a_missing_caption(data):
