@@ -1,75 +1,122 @@
 """Sources of captioned pictures (sample.py), by name."""
 
-import dataclasses
-import functools
-import json
-from pathlib import Path
+import glob
+import itertools
+import os
+import re
 
-from slam_jax.data.sample import Sample
-from slam_jax.errors import BadSample, UserError
+import braceexpand
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_LAYOUT = "give each picture a caption in NAME.txt beside it, or all in FOLDER/metadata.jsonl"
+from slam_jax.data import image_folder, tars
+from slam_jax.errors import UserError
+
+_TFDS = "tfds:"
+_KINDS = (
+    "shapes2d, tfds:NAME or tfds:NAME@SPLIT, a pattern such as '/data/{00000..00999}.tar' or "
+    "'/data/*.parquet', or a folder of .tar, .parquet or picture files"
+)
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
-def find(name: str, index_dir: str = ""):
-    """The source of that name; UserError if there is none."""
-    return ImageFolder(Path(name))
+def find(name: str, index_dir: str):
+    """The source (sample.py) of that name; shards come as braces stand, else sorted by name.
 
-
-@dataclasses.dataclass(frozen=True)
-class ImageFolder:
-    """Every picture of a folder and those below it, in the order of their names.
-
-    Captions lie in a .txt beside each picture, or in metadata.jsonl, a line of
-    {"file_name": …, "text": …} each, as Hugging Face's image folders have it.
+    index_dir: where the indices of tars are kept; "" is beside them. UserError, saying what to
+    do, if there is no such source or it cannot be read.
     """
-
-    path: Path
-
-    def __post_init__(self):
-        if not self.path.is_dir():
-            raise UserError(f"data.source={str(self.path)!r} is no folder, nor shapes2d; {_LAYOUT}")
-        if not self._examples:
-            raise UserError(f"data.source={str(self.path)!r} holds no {', '.join(_SUFFIXES)} file")
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Sample:
-        path, fields = self._examples[index]
-        shard, key = str(self.path), str(path.relative_to(self.path))
-        try:
-            if "text" not in fields:
-                fields = {"text": path.with_suffix(".txt").read_text(encoding="utf-8").strip()}
-            return Sample(path.read_bytes(), fields["text"], shard, key, fields)
-        except FileNotFoundError:
-            raise BadSample("missing caption", shard, key) from None
-        except UnicodeDecodeError:
-            raise BadSample("caption is not UTF-8", shard, key) from None
-
-    @functools.cached_property
-    def _examples(self) -> list[tuple[Path, dict]]:
-        metadata = self.path / "metadata.jsonl"
-        if metadata.exists():
-            return _listed(metadata)
-        found = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        return [(path, {}) for path in found]
+    if name.startswith(_TFDS):
+        return _tfds(name)
+    if "://" in name:
+        raise UserError(f"source {name!r} is no local file; mount it or copy it to a local disk")
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        shards = _shards(path)
+        if not shards:
+            return image_folder.opened(path)
+    elif os.path.exists(path):
+        shards = [path]
+    else:
+        shards = _expanded(name, path)
+    return _opened(name, shards, index_dir)
 
 
-def _listed(metadata: Path) -> list[tuple[Path, dict]]:
-    """(picture, its line) of every line; UserError naming the line that is not of that form."""
-    examples = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            path, _ = metadata.parent / entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{metadata} line {number} is not {{'file_name': …, 'text': …}} "
-                f"({type(error).__name__}: {error}); correct it"
-            ) from None
-        if not path.is_file():
-            raise UserError(f"{metadata} line {number} names {path}, which is not there; remove it")
-        examples.append((path, entry))
-    return examples
+def _shards(folder: str) -> list[str]:
+    """The folder's tars; where it has none, its Parquet files: img2dataset writes some beside."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError as error:
+        raise UserError(f"source {folder!r} cannot be read: {error.strerror}") from None
+    for suffix in (".tar", ".parquet"):
+        if shards := [name for name in names if name.lower().endswith(suffix)]:
+            return [os.path.join(folder, name) for name in shards]
+    return []
+
+
+def _expanded(name: str, pattern: str) -> list[str]:
+    """The files of a pattern, each once."""
+    try:
+        parts = list(braceexpand.braceexpand(pattern, escape=False))
+    except braceexpand.UnbalancedBracesError:
+        raise UserError(f"source {name!r} has unbalanced braces") from None
+    found = itertools.chain.from_iterable(map(_matches, parts))
+    shards = list(dict.fromkeys(found))
+    if not shards:
+        raise UserError(f"source {name!r} is not there; give {_KINDS}")
+    if missing := [shard for shard in shards if not os.path.exists(shard)]:
+        if len(missing) == len(shards):
+            raise UserError(f"source {name!r} is not there; give {_KINDS}")
+        raise UserError(
+            f"source {name!r} stands for {len(shards)} files, of which {len(missing)} are not "
+            f"there, such as {missing[0]}; fetch them or use a pattern with *"
+        )
+    return shards
+
+
+def _matches(part: str) -> list[str]:
+    """Sorted; without wild cards the path itself, which need not be there."""
+    return sorted(glob.glob(part, recursive=True)) if glob.has_magic(part) else [part]
+
+
+def _is_compressed(path: str) -> bool:
+    return _COMPRESSED.search(path) is not None
+
+
+def _opened(name: str, shards: list[str], index_dir: str):
+    compressed = next(filter(_is_compressed, map(os.path.basename, shards)), None)
+    if compressed:
+        raise UserError(
+            f"source {name!r}: {compressed} is compressed, so that no sample can be read on its "
+            "own; decompress it to a .tar"
+        )
+    suffixes = {os.path.splitext(shard)[1].lower() for shard in shards}
+    if suffixes == {".tar"}:
+        return tars.opened(shards, index_dir)
+    if suffixes == {".parquet"}:
+        return _parquet(shards)
+    odd = next((shard for shard in shards if not shard.lower().endswith(".tar")), shards[0])
+    raise UserError(
+        f"source {name!r} stands for {odd}, among {len(shards)} files; all must be .tar or all "
+        ".parquet, and a folder of pictures is given by its name"
+    )
+
+
+def _parquet(shards: list[str]):
+    try:
+        from slam_jax.data import parquet
+    except ModuleNotFoundError as error:
+        raise _not_installed(shards[0], error, "parquet") from None
+    return parquet.opened(shards)
+
+
+def _tfds(name: str):
+    try:
+        from slam_jax.data import tfds
+    except ModuleNotFoundError as error:
+        raise _not_installed(name, error, "tfds") from None
+    return tfds.opened(name.removeprefix(_TFDS))
+
+
+def _not_installed(name: str, error: ModuleNotFoundError, extra: str) -> UserError:
+    return UserError(
+        f"source {name!r} needs the package {error.name}; pip install 'slam_jax[{extra}]'"
+    )
