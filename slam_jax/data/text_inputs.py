@@ -1,5 +1,6 @@
 """Prompts as the arrays that a model's text encoders read."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,16 @@ def read(folder: Path, folder_2: Path | None) -> Tokenizers:
             f"{second.length}; SDXL needs as many of both: copy both folders from one model"
         )
     return Tokenizers(first, second)
+
+
+def fingerprints(tokenizers: Tokenizers) -> tuple[str, ...]:
+    """sha256 of all that the ids of the tokenizer, and of SDXL's second one, depend on."""
+    return tuple(_fingerprint(each) for each in tokenizers if each is not None)
+
+
+def _fingerprint(each: tokenizer.Tokenizer) -> str:
+    special = (each.bos, each.eos, each.pad, each.length)
+    return hashlib.sha256(f"{special} {each.backend.to_str()}".encode()).hexdigest()
 
 
 def whole_image(height: int, width: int) -> Int32[np.ndarray, "6"]:
