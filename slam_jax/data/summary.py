@@ -76,7 +76,7 @@ def of(notes: Sequence[Note], dropped: Sequence[Dropped], thumbnails: Sequence[s
     )  # fmt: skip
 
 
-def _histogram(places: list[int], bounds: Sequence[float]) -> dict[str, int]:
+def _histogram(places: list[int], bounds: Sequence[int | float]) -> dict[str, int]:
     """How many lie in each place, by label; every label is there."""
     middle = [f"{low:g}-{high:g}" for low, high in zip(bounds, bounds[1:], strict=False)]
     labels = [f"< {bounds[0]:g}", *middle, f">= {bounds[-1]:g}"]

@@ -1,5 +1,6 @@
 """Stops a preparation that cannot come to anything, as soon as that can be told."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from slam_jax.errors import UserError
 
 _PATIENCE = 10_000  # samples in a row that may be left out
 _ENOUGH = 1_000  # samples from which a fraction is estimated
+_DEVIATIONS = 3  # of chance
 _WORST = 3  # shards that are named
 
 
@@ -49,7 +51,7 @@ def reject(watch: Watch, dropped: Dropped) -> None:
 def _drop(watch: Watch, dropped: Dropped) -> None:
     _count(watch, dropped.reason, dropped.shard, dropped.filtered, 1)
     if not dropped.filtered:
-        _check(watch, at_least=_ENOUGH)
+        _check(watch, so_far=True)
 
 
 def watched(results: Iterable[Picture | Dropped], watch: Watch) -> Iterator[Picture | Dropped]:
@@ -69,15 +71,19 @@ def watched(results: Iterable[Picture | Dropped], watch: Watch) -> Iterator[Pict
 
 def finish(watch: Watch) -> None:
     """UserError if too many of all samples cannot be used, or none was kept."""
-    _check(watch, at_least=1)
+    _check(watch, so_far=False)
     if not watch.kept.total():
         raise _none_left(watch, "all samples")
 
 
-def _check(watch: Watch, *, at_least: int) -> None:
+def _check(watch: Watch, *, so_far: bool) -> None:
+    """so_far: there are more to come, so too many are those that cannot be so by chance."""
     num_bad = watch.bad.total()
     num_used = watch.kept.total() + num_bad
-    if num_used < at_least or num_bad <= watch.max_bad_fraction * num_used:
+    allowed = watch.max_bad_fraction * num_used
+    if so_far:
+        allowed += _DEVIATIONS * math.sqrt(allowed)
+    if num_bad <= allowed or (so_far and num_used < _ENOUGH):
         return
     by_shard = Counter()
     for (shard, _), count in watch.bad.items():
