@@ -3,13 +3,13 @@
     python -m slam_jax.prepare --source photos --model ORG/NAME --size 512 --out caches/photos
 
 Killed at any moment, the same command goes on where it was, and ends with the same bytes. On
-several hosts each encodes its share of the shards. A finished cache is looked at with
---out caches/photos --verify, or --report.
+several hosts each encodes its share of the shards into the same, shared folder. A finished cache
+is looked at with --out caches/photos --verify, or --report.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -34,7 +34,6 @@ from slam_jax.data import (
 )  # fmt: skip
 from slam_jax.data.image import Crop
 from slam_jax.data.manifest import Manifest, Plan
-from slam_jax.data.sample import Sample
 from slam_jax.data.shards import Encoder
 from slam_jax.data.summary import Summary
 from slam_jax.data.variants import Variants
@@ -127,13 +126,12 @@ def _prepare(out: Path) -> bool:
         pictures = Variants(source, wanted, crop, tokens, plan.crops, plan.seed)
         encoder = _encoder(model.vae, posterior, plan.batch_size)
         _write(out, plan, todo, pictures, encoder, watching)
-    watch.finish(watching)
     return _finish(out, plan, host)
 
 
-def _source(name: str) -> Sequence[Sample]:
+def _source(name: str):
     if name != "shapes2d":
-        return sources.find(name)
+        return sources.find(name, *filter(None, [_INDEX_DIR.value]))
     if _NUM_IMAGES.value is None:
         raise UserError("--source shapes2d has no end; give --num_images")
     return shapes2d.Shapes2D(_SIZE.value, _NUM_IMAGES.value, _SEED.value + 1)
@@ -225,6 +223,7 @@ def _finish(out: Path, plan: Plan, host: int) -> bool:
     found = [summary.read(out / plan.shard_name(number)) for number in range(plan.num_shards)]
     if None in found:
         return False
+    watch.finish(watch.start(_MAX_BAD_FRACTION.value, (each for each, _ in found)))
     total = summary.total((each for each, _ in found), 0)
     filtered, bad = (summary.reasons(total, filtered=which) for which in (True, False))
     whole = Manifest(plan, tuple(shard for _, shard in found), total.kept, filtered, bad)

@@ -17,7 +17,7 @@ from slam_jax.data.manifest import Plan, Shard
 from slam_jax.data.variants import Picture, Variants
 from slam_jax.data.watch import Watch
 
-_CHUNK = 16  # samples that a thread reads at a time
+_CHUNK = 4  # samples that a thread reads at a time
 _IN_FLIGHT = 2  # batches that are being encoded
 _MOST_THUMBNAILS = 512  # in all shards together, unless there are more shards
 
