@@ -299,3 +299,19 @@ def test_drawings_are_a_source(tmp_path, tiny_folder, capsys):
     told = capsys.readouterr().out
     assert "kept 20 of 20 pictures" in told and "2 times the work and disk" in told
     assert [n for _, n in verify.damage(tmp_path / "c")] == [None, None]
+
+
+def test_any_name_and_caption_is_survived(tmp_path, tiny_folder):
+    """Names that are not UTF-8, empty captions, and half an emoji, which JSON can hold."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    captions = {"a.png": "", "b\udcff.png": "\0 ünï <b>", "c.png": "\ud83d", "d.png": "x" * 10**5}
+    for name in captions:
+        Image.new("RGB", (40, 33)).save(folder / name)
+    lines = (json.dumps({"file_name": n, "text": text}) for n, text in captions.items())
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    _run(tmp_path / "c", *_options(folder, tiny_folder), "--max_bad_fraction=0.25", "--report")
+    found = cache.find(tmp_path / "c")
+    assert [found.record(i).key for i in range(3)] == ["a.png", "b\udcff.png", "d.png"]
+    assert found.manifest.bad == {"caption is no text": 1}
+    assert "c.png" in (tmp_path / "c" / report.HTML).read_text()

@@ -47,9 +47,9 @@ class Variants:
             picture = image.opened(sample.image)
             filters.check_size(self.filters, *picture.size)
             squares = [self._square(picture, index, variant) for variant in range(self.num)]
+            tokens, cut = self.tokenizers.encode_one(sample.caption, squares[0].time_ids)
         except BadSample as bad:
             return Dropped(bad.reason, sample.shard, sample.key, bad.filtered)
-        tokens, cut = self.tokenizers.encode_one(sample.caption, squares[0].time_ids)
         tokens.pop("time_ids", None)  # of one variant only
         return Picture(
             np.stack([square.pixels for square in squares]),
