@@ -18,7 +18,7 @@ from slam_jax.data import cache, manifest, pictures, report, sources, text_input
 from slam_jax.data.image import Crop
 from slam_jax.errors import UserError
 from slam_jax.runtime import hosts
-from slam_jax.weights import fingerprint, pretrained
+from slam_jax.weights import fingerprint, pretrained, translate
 
 NUM = 22
 # Of the pictures below.
@@ -116,6 +116,8 @@ def test_sdxl_has_two_texts_and_sizes(photos, tiny_sdxl_folder, tmp_path):
     model = pretrained.find(tiny_sdxl_folder)
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
     read = pictures.Pictures(sources.find(str(photos)), (), Crop(32, True, True), tokens)
+    encode = jax.jit(pipeline.cached_posterior(model.vae.config, np.float32))
+    vae = translate.load(model.vae.params, dtype=np.float32)
     found = cache.find(tmp_path / "c")
     assert len(found) == 3 * len(_kept())
     places = set()
@@ -127,6 +129,10 @@ def test_sdxl_has_two_texts_and_sizes(photos, tiny_sdxl_folder, tmp_path):
         assert ours.keys() > {"input_ids_2", "time_ids"}
         for name in ("input_ids", "input_ids_2", "time_ids"):
             np.testing.assert_array_equal(ours[name], theirs[name])
+        expected = np.asarray(encode(vae, jax.device_put(theirs["image"][None])))[0]
+        np.testing.assert_allclose(
+            ours["moments"].astype(np.float32), expected.astype(np.float32), rtol=2**-7, atol=1e-5
+        )
         places.add(tuple(ours["time_ids"]))
     assert len(places) > 20
 
