@@ -271,7 +271,7 @@ BELOW = {
     "students": ZERO | {"diffusion", "nets", "weights"},
 }
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
-DRIVERS = ("train", "sample", "evaluate", "export")
+DRIVERS = ("train", "sample", "evaluate", "export", "prepare")
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
 BELOW["train"] = BELOW["train"] | {"evaluate"}  # a run ends with the table

@@ -32,6 +32,7 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _READER_BUFFER = 128 * 1024  # bytes; held while a record is read
 _MOST_OPEN = 16384  # shards, at some 14 kB of memory each
+_ANY_TEXT = "surrogatepass"  # file names need not be UTF-8
 _REMEDY = "run slam_jax.prepare with the same options again"
 
 
@@ -50,12 +51,30 @@ class Record(NamedTuple):
 
 @contextlib.contextmanager
 def writer(path: Path) -> Iterator[Callable[[Record], None]]:
-    """Writes a shard, record by record; the same records give the same bytes."""
+    """Writes a shard, record by record; the same records give the same bytes.
+
+    UserError if the disk is full.
+    """
     file = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+
+    def add(record: Record) -> None:
+        try:
+            file.write(encode(record))
+        except RuntimeError as error:
+            raise _cannot_write(path, error) from None
+
     try:
-        yield lambda record: file.write(encode(record))
+        yield add
     finally:
-        file.close()
+        try:
+            file.close()
+        except RuntimeError as error:
+            raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: RuntimeError) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"cannot write {path} ({reason}); make room, or choose another folder")
 
 
 def encode(record: Record) -> bytes:
@@ -64,12 +83,12 @@ def encode(record: Record) -> bytes:
         for name, value in record._asdict().items()
         if isinstance(value, np.ndarray)
     }
-    return msgpack.packb({**record._asdict(), **arrays})
+    return msgpack.packb({**record._asdict(), **arrays}, unicode_errors=_ANY_TEXT)
 
 
 def decode(content: bytes, moments_shape: tuple[int, int, int], dtype: np.dtype) -> Record:
     """ValueError unless it is a record of that shape."""
-    fields = msgpack.unpackb(content)
+    fields = msgpack.unpackb(content, unicode_errors=_ANY_TEXT)
     fields["moments"] = np.frombuffer(fields["moments"], dtype).reshape(moments_shape)
     for name in ("input_ids", "input_ids_2", "time_ids"):
         if fields[name] is not None:

@@ -6,6 +6,7 @@ both are the same however often the run was killed.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ def dump(manifest: Manifest) -> bytes:
 
 
 def _dump(tree: Mapping[str, Any]) -> bytes:
-    return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(tree, indent=1) + "\n").encode()
 
 
 def read(folder: Path) -> Manifest:
@@ -147,6 +148,13 @@ def _broken(path: Path, error: Exception) -> UserError:
         f"cannot read {path} ({type(error).__name__}: {error}); delete it and run slam_jax.prepare "
         "with the same options again"
     )
+
+
+def publish(path: Path, content: bytes, host: int = 0) -> None:
+    """The file appears whole or not at all, though other hosts write the same one."""
+    temporary = path.with_name(f".{path.name}.{host}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def differences(before: Plan, after: Plan) -> Iterator[tuple[str, Any, Any]]:

@@ -1,8 +1,8 @@
-"""Which of the hosts this process is."""
+"""Which of the hosts this is, for what they share out among themselves."""
 
 import jax
 
 
 def part() -> tuple[int, int]:
-    """(index of this process, how many there are)."""
+    """(number of this host, how many there are)."""
     return jax.process_index(), jax.process_count()
