@@ -50,14 +50,6 @@ def summary(dropped: Iterable[Dropped], num_cut: int) -> dict[str, int]:
     }
 
 
-def by_reason(tally: Tally) -> dict[str, int]:
-    """Counts of both kinds, most frequent first."""
-    counts = collections.Counter(tally.filtered)
-    for (_, reason), count in tally.bad.items():
-        counts[reason] += count
-    return dict(counts.most_common())
-
-
 def check(tally: Tally, max_bad_fraction: float) -> None:
     """UserError with the worst shards if more than that share of the samples is bad.
 

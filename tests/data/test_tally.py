@@ -18,7 +18,6 @@ def test_counts_what_was_read_and_what_was_left_out():
     assert counted.num_read == 4 + 1 + 2 + 3 + 1 + 1
     assert counted.bad == {("a", "damaged picture"): 2, ("b", "damaged picture"): 1}
     assert counted.filtered == {"aspect > 2": 2}
-    assert tally.by_reason(counted) == {"damaged picture": 3, "aspect > 2": 2}
     assert (0, collections.Counter(), collections.Counter()) == tally.EMPTY
 
 
