@@ -36,9 +36,9 @@ def test_above_and_below_are_one_picture():
 def test_an_element_depends_on_seed_and_index_alone():
     source, again = shapes2d.Shapes2D(32, 100, seed=3), shapes2d.Shapes2D(32, 50, seed=3)
     np.testing.assert_array_equal(source[41].image, again[41].image)
-    assert source[41]["caption"] == again[41]["caption"]
+    assert source[41].caption == again[41].caption
     other = shapes2d.Shapes2D(32, 100, seed=4)
-    assert any(source[i]["caption"] != other[i]["caption"] for i in range(10))
+    assert any(source[i].caption != other[i].caption for i in range(10))
 
 
 @pytest.mark.parametrize("size", [32, 64])

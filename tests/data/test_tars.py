@@ -306,6 +306,8 @@ def test_no_index_is_half_written(shard, monkeypatch, error):
     assert outcomes(tars.opened([shard], "")) == ["red", "blue"]
 
 
+# JAX, which other tests load, warns of any fork; the child here only writes and dies.
+@pytest.mark.filterwarnings("ignore:os.fork", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_killed_run_leaves_no_index(shard, monkeypatch):
     child = os.fork()
     if not child:
