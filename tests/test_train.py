@@ -1,8 +1,12 @@
 """A few steps from a teacher's folder to a student's: SDXL, and a user's pictures with faults."""
 
 import importlib.util
+import io
 import json
 import pathlib
+import subprocess
+import sys
+import tarfile
 
 import diffusers
 import jax
@@ -119,3 +123,39 @@ def test_bad_pictures_are_replaced_listed_and_at_last_too_many(
     assert {line["shard"] for line in bad} == {str(pictures)}
     assert sum(line["filtered_samples"] for line in told) > 0
     assert sum(line["cut_captions"] for line in told) >= 2
+
+
+def test_training_from_a_cache_equals_training_from_the_pictures(
+    tiny_folder, tmp_path, compiled_in_haste
+):
+    """Tars as img2dataset writes them, prepared by the program, against the same tars read afresh.
+
+    The cache rounds the posterior to half precision.
+    """
+    rng = np.random.default_rng(1)
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for number in range(24):
+            picture = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(picture, "PNG")
+            for suffix, content in (("png", picture.getvalue()), ("txt", b"a circle")):
+                member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    source = str(tmp_path / "*.tar")
+    prepared = subprocess.run(
+        [
+            sys.executable, "-m", "slam_jax.prepare", f"--source={source}", "--size=32",
+            f"--model={tiny_folder}", f"--out={tmp_path / 'cache'}", "--batch_size=8",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert prepared.returncode == 0, prepared.stderr
+    losses = []
+    for name in (source, str(tmp_path / "cache")):
+        workdir = tmp_path / f"run_{len(losses)}"
+        changes = {"num_steps": 3, "eval.every_steps": 3, "data.source": name}
+        train.train(tiny_settings(tiny_folder, changes), workdir)
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    assert losses[1] != losses[0]  # or the cache was not read
