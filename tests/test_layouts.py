@@ -71,7 +71,8 @@ def run(devices, rules):
     after, metrics = train(now, frozen, put, key)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(after))
-    gradient = jax.tree.map(lambda a, b: np.asarray(a) - b, student_params, after.student)
+    after = jax.tree.map(np.asarray, after.student)
+    gradient = jax.tree.map(np.subtract, student_params, after)
     shards = len(put["image"].sharding.device_set), put["image"].addressable_shards[0].data.shape[1]
     return float(metrics["loss"]), jax.tree.leaves(gradient), held / whole, shards
 
