@@ -53,7 +53,7 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
     Where too many updates are dropped the run goes back to its last checkpoint and on with other
     data. FloatingPointError if that does not help.
     """
-    happened = read_rollbacks(run.workdir)
+    happened = _read_rollbacks(run.workdir)
     while True:
         offset = happened[-1].offset if happened else 0
         try:
@@ -73,7 +73,7 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
         log.say(run.progress, f"{message}: back to step {done}, and on with other data")
 
 
-def read_rollbacks(workdir: Path) -> list[Rollback]:
+def _read_rollbacks(workdir: Path) -> list[Rollback]:
     """What went wrong before, the last one last."""
     path = workdir / _ROLLBACKS
     if not path.exists():

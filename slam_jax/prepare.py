@@ -131,7 +131,7 @@ def _prepare(out: Path) -> bool:
 
 def _source(name: str):
     if name != "shapes2d":
-        return sources.find(name, _INDEX_DIR.value or "")
+        return sources.find(name, _INDEX_DIR.value)
     if _NUM_IMAGES.value is None:
         raise UserError("--source shapes2d has no end; give --num_images")
     return shapes2d.Shapes2D(_SIZE.value, _NUM_IMAGES.value, _SEED.value + 1)

@@ -18,17 +18,19 @@ def decoded(content: bytes) -> str:
 
 
 def checked(caption: Any) -> str:
-    r"""A caption out of json or a table. BadSample if it is no text.
-
-    Json can hold halves of characters, such as "\ud83d", that tokenizers choke on.
-    """
+    """A caption out of json or a table. BadSample if it is no text."""
     if not isinstance(caption, str):
         raise BadSample("missing caption")
+    check(caption)
+    return caption.strip()
+
+
+def check(caption: str) -> None:
+    """BadSample for half a character, which json can hold and no tokenizer takes."""
     try:
         caption.encode()
     except UnicodeEncodeError:
         raise BadSample(_NOT_UTF8) from None
-    return caption.strip()
 
 
 def fields(content: bytes) -> dict[str, Any]:

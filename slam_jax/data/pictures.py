@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from slam_jax.data import filters, image, text_inputs
+from slam_jax.data import captions, filters, image, text_inputs
 from slam_jax.data.image import Crop
-from slam_jax.data.sample import Example
+from slam_jax.data.sample import Example, Sample
 from slam_jax.errors import BadSample
 
 
@@ -29,10 +29,7 @@ class Pictures:
         """
         sample = self.source[index]
         try:
-            _check_caption(sample.caption)
-            filters.check_fields(self.filters, sample.fields)
-            picture = image.opened(sample.image)
-            filters.check_size(self.filters, *picture.size)
+            picture = opened(sample, self.filters)
             square = image.square(picture, self.crop, np.random.default_rng(seed))
         except BadSample as bad:
             raise BadSample(bad.reason, sample.shard, sample.key, filtered=bad.filtered) from None
@@ -40,9 +37,10 @@ class Pictures:
         return Example({"image": square.pixels, **text}, cut)
 
 
-def _check_caption(caption: str) -> None:
-    """BadSample for half a character, which json can hold and no tokenizer takes."""
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise BadSample("caption is not UTF-8") from None
+def opened(sample: Sample, wanted: tuple[filters.Filter, ...]) -> image.Image.Image:
+    """The sample's picture, not decoded yet; BadSample if it cannot be used or is not wanted."""
+    captions.check(sample.caption)
+    filters.check_fields(wanted, sample.fields)
+    picture = image.opened(sample.image)
+    filters.check_size(wanted, *picture.size)
+    return picture

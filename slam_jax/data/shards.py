@@ -12,8 +12,8 @@ import grain
 import numpy as np
 
 from slam_jax.data import cache, manifest, summary, verify, watch
-from slam_jax.data.batches import Dropped
 from slam_jax.data.manifest import Plan, Shard
+from slam_jax.data.tally import Dropped
 from slam_jax.data.variants import Picture, Variants
 from slam_jax.data.watch import Watch
 

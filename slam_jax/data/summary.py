@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from slam_jax.data.batches import Dropped
 from slam_jax.data.manifest import Shard
+from slam_jax.data.tally import Dropped
 from slam_jax.data.variants import Picture
 
 # Bounds of the histograms' bars: the short side in pixels, and the long side over it.

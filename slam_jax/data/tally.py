@@ -59,16 +59,25 @@ def check(tally: Tally, max_bad_fraction: float) -> None:
     num_bad = tally.bad.total()
     if num_bad <= max_bad_fraction * max(tally.num_read, _FEW):
         return
-    shards = collections.defaultdict(collections.Counter)
-    for (shard, reason), count in tally.bad.items():
-        shards[shard][reason] += count
-    worst = sorted(shards.items(), key=lambda item: -item[1].total())[:_SHOWN]
     told = "; ".join(
         f"{shard} ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())})"
-        for shard, reasons in worst
+        for shard, reasons in worst_shards(tally.bad, _SHOWN)
     )
     raise UserError(
         f"{num_bad} of {tally.num_read} samples are bad, more than data.max_bad_fraction "
         f"{max_bad_fraction:g} allows; the worst shards are {told}: mend or leave them out, or "
         "raise the fraction"
     )
+
+
+def worst_shards(
+    bad: collections.Counter[tuple[str, str]], most: int
+) -> list[tuple[str, collections.Counter[str]]]:
+    """At most so many shards with the counts of their reasons, the worst shard first.
+
+    bad: by shard and reason.
+    """
+    shards = collections.defaultdict(collections.Counter)
+    for (shard, reason), count in bad.items():
+        shards[shard][reason] += count
+    return sorted(shards.items(), key=lambda item: -item[1].total())[:most]

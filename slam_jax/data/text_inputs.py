@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from slam_jax.data import tokenizer
-from slam_jax.errors import BadSample, UserError
+from slam_jax.errors import UserError
 
 
 class Tokenizers(NamedTuple):
@@ -34,14 +34,8 @@ class Tokenizers(NamedTuple):
     def encode_one(
         self, prompt: str, time_ids: Int32[np.ndarray, "6"]
     ) -> tuple[dict[str, Int32[np.ndarray, "_"]], bool]:
-        """The same as one row, for a picture of those sizes; and whether some was dropped.
-
-        BadSample if the prompt is no text that could be written down, as half an emoji in a JSON.
-        """
-        try:
-            ids, cut = self.first.encode_with_cut([prompt])
-        except TypeError:
-            raise BadSample("caption is no text") from None
+        """The same as one row, for a picture of those sizes; and whether some was dropped."""
+        ids, cut = self.first.encode_with_cut([prompt])
         encoded = {"input_ids": ids[0]}
         if self.second is not None:
             encoded["input_ids_2"] = self.second.encode([prompt])[0]

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from slam_jax.data import filters, image, text_inputs
-from slam_jax.data.batches import Dropped
+from slam_jax.data import filters, image, pictures, text_inputs
 from slam_jax.data.image import Crop
+from slam_jax.data.tally import Dropped
 from slam_jax.errors import BadSample
 
 
@@ -43,9 +43,7 @@ class Variants:
         except BadSample as bad:
             return Dropped(bad.reason, bad.shard, bad.key, bad.filtered)
         try:
-            filters.check_fields(self.filters, sample.fields)
-            picture = image.opened(sample.image)
-            filters.check_size(self.filters, *picture.size)
+            picture = pictures.opened(sample, self.filters)
             squares = [self._square(picture, index, variant) for variant in range(self.num)]
             tokens, cut = self.tokenizers.encode_one(sample.caption, squares[0].time_ids)
         except BadSample as bad:

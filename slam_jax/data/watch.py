@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from slam_jax.data.batches import Dropped
+from slam_jax.data import tally
 from slam_jax.data.summary import Summary
+from slam_jax.data.tally import Dropped
 from slam_jax.data.variants import Picture
 from slam_jax.errors import UserError
 
@@ -85,19 +86,13 @@ def _check(watch: Watch, *, so_far: bool) -> None:
         allowed += _DEVIATIONS * math.sqrt(allowed)
     if num_bad <= allowed or (so_far and num_used < _ENOUGH):
         return
-    by_shard = Counter()
-    for (shard, _), count in watch.bad.items():
-        by_shard[shard] += count
-    worst = "; ".join(f"{s}: {_reasons(watch, s)}" for s, _ in by_shard.most_common(_WORST))
+    shards = tally.worst_shards(watch.bad, _WORST)
+    worst = "; ".join(f"{shard}: {listed(reasons)}" for shard, reasons in shards)
     raise UserError(
         f"{num_bad:,} of {num_used:,} samples cannot be used, more than --max_bad_fraction="
         f"{watch.max_bad_fraction:g} allows; the worst shards are {worst}. Mend them or leave "
         "them out, or allow a larger fraction"
     )
-
-
-def _reasons(watch: Watch, shard: str) -> str:
-    return listed(Counter({why: n for (where, why), n in watch.bad.items() if where == shard}))
 
 
 def _none_left(watch: Watch, which: str) -> UserError:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from slam_jax.data import manifest, report, summary, watch
-from slam_jax.data.batches import Dropped
 from slam_jax.data.summary import Note
+from slam_jax.data.tally import Dropped
 from slam_jax.data.variants import Picture
 from slam_jax.errors import UserError
 
