@@ -11,6 +11,7 @@ import time
 
 import grain
 import numpy as np
+import psutil
 import pytest
 
 from slam_jax import errors
@@ -218,9 +219,10 @@ if __name__ == "__main__":
     made = batches.iterate(
         dataset, start, num_threads=2, num_workers=num_workers % 7, num_prefetch=2
     )
-    for step in range(start, 6):
+    for step in range(start, 10**9 if num_workers == 8 else 6):
         arrays = next(made).arrays
-        print(json.dumps([step, *(arrays[name].astype(int).tolist() for name in sorted(arrays))]))
+        rows = [arrays[name].astype(int).tolist() for name in sorted(arrays)]
+        print(json.dumps([step, *rows]), flush=True)
     made.close()
 """
 
@@ -260,6 +262,17 @@ def test_an_error_in_a_worker_process_reaches_the_caller(program):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "UserError: none of 50 samples in a row can be used: 50 short_side > 31" in err
+
+
+def test_worker_processes_end_with_a_killed_parent(program):
+    process = run(program, 0, 1, 0, 8)  # one worker, and more batches than it will see
+    process.stdout.readline()
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("spawn_main" in " ".join(child.cmdline()) for child in children)
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
 
 
 def test_grain_seeds_are_not_ours_to_shift():
