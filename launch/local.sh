@@ -4,8 +4,8 @@
 #   launch/local.sh 2 --config configs/tiny.py --workdir runs/two
 #
 # What follows N goes to every process. Ctrl-C and SIGTERM are passed on as SIGTERM, after which
-# a training run saves and ends; a second one kills. When a process fails, all are ended, and the
-# exit status is that of the first that failed. After status 42 (a process got SIGTERM and all
+# a training run saves and ends; a second one kills. When a process fails, all end, and the exit
+# status is that of the first that failed. After status 42 (a process got SIGTERM and all
 # have saved) the job is started again, unless it was this script that was told to stop.
 
 set -u
@@ -13,7 +13,7 @@ set -u
 MODULE=${MODULE:-slam_jax.main} # or slam_jax.prepare
 PYTHON=${PYTHON:-python}        # the interpreter with slam_jax installed
 PORT=${PORT:-}                  # where process 0 listens; empty takes a free one
-GRACE_S=${GRACE_S:-20}          # from asking the rest of a failed job to end until killing it
+GRACE_S=${GRACE_S:-15}          # how long the others of a failed job have for their last words
 
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: launch/local.sh NUMBER_OF_PROCESSES [flags of $MODULE]" >&2
@@ -67,7 +67,6 @@ finish() {
       elif ((code != 0 && failed_at < 0)); then
         status=$code
         failed_at=$SECONDS
-        send TERM
       fi
     done
     running=(${rest[@]+"${rest[@]}"})

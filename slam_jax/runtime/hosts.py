@@ -91,6 +91,7 @@ def start(
             cluster_detection_method="deactivate",
             # Where JAX's own wait ends first, the process aborts without a word about the address.
             initialization_timeout=timeout_s + 60,
+            # After `peers`, which says more, but even where no Python runs.
             heartbeat_timeout_seconds=timeout_s + 10, shutdown_timeout_seconds=_MAX_END_S,
         )  # fmt: skip
     peers.start(job.process_id, timeout_s)

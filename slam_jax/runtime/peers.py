@@ -44,6 +44,7 @@ class _Heard(NamedTuple):
 _now: deque[tuple[int, float] | None] = deque([None], maxlen=1)
 _heard: deque[_Heard] = deque(maxlen=1)
 _stop = threading.Event()
+_failed = threading.Event()
 _last_word = threading.Lock()
 
 
@@ -85,6 +86,7 @@ def step(number: int | None) -> None:
 
 def leave(status: int) -> None:
     """Ends this process at once, and what it started; the others learn that it failed."""
+    _failed.set()
     try:
         _tell(distributed.global_state.process_id, _FAILED)
     except jax.errors.JaxRuntimeError as error:
@@ -128,6 +130,7 @@ def _talk(process_id: int, every: float) -> None:
 
 def _tell(process_id: int, count: int) -> None:
     now = _now[0]
+    count = _FAILED if _failed.is_set() else count
     beat = f"{count} {_NO_STEP if now is None else now[0]} {socket.gethostname()}"
     distributed.global_state.client.key_value_set(
         f"{_FOLDER}{process_id}", beat, allow_overwrite=True
