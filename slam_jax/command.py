@@ -15,9 +15,34 @@ _CONFIG_ERRORS = (
 )  # fmt: skip
 
 
-def run(main: Callable[[], None], *, required: tuple[str, ...]) -> None:
-    """Parses absl's flags, then calls main. Exit status 1 if its numbers stopped being finite."""
-    app.run(partial(_guarded, main), flags_parser=partial(_parse, required=required))
+def run(
+    main: Callable[[], None],
+    *,
+    required: tuple[str, ...],
+    leave: Callable[[int], None] | None = None,
+) -> None:
+    """Parses absl's flags, then calls main. Exit status 1 if its numbers stopped being finite.
+
+    leave: called with the exit status of a failure, for a program that others may wait for.
+    """
+    app.run(partial(_guarded, main, leave), flags_parser=partial(_parse, required=required))
+
+
+def hosts_flags() -> Callable[[], tuple[str | None, int | None, int | None]]:
+    """Defines the flags of a job of several processes; their values once they are parsed."""
+    holders = (
+        flags.DEFINE_string(
+            "coordinator", None, "HOST:PORT at which process 0 is reached; found out under SLURM, "
+            "MPI, Kubernetes and on Cloud TPU.", allow_override=True,
+        ),
+        flags.DEFINE_integer(
+            "num_processes", None, "How many processes the job has.", allow_override=True
+        ),
+        flags.DEFINE_integer(
+            "process_id", None, "Which of them this one is, from 0.", allow_override=True
+        ),
+    )  # fmt: skip
+    return lambda: tuple(holder.value for holder in holders)
 
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
@@ -41,16 +66,21 @@ def underscored(argument: str) -> str:
     return "--" + name.replace("-", "_") + equals + value
 
 
-def _guarded(main: Callable[[], None], _argv: list[str]) -> int:
+def _guarded(
+    main: Callable[[], None], leave: Callable[[int], None] | None, _argv: list[str]
+) -> int:
     # Orbax tells of every file it writes.
     logging.set_verbosity(logging.ERROR)
+    status = 0
     try:
         main()
     except UserError as error:
-        return _complain(str(error), 2)
+        status = _complain(str(error), 2)
     except FloatingPointError as error:
-        return _complain(str(error), 1)
-    return 0
+        status = _complain(str(error), 1)
+    if status and leave is not None:
+        leave(status)
+    return status
 
 
 def warn_of_cut(prompts: list[str], cut: list[str], length: int) -> None:

@@ -10,9 +10,12 @@ from ml_collections import config_flags
 
 from slam_jax import command, settings, train
 from slam_jax.errors import UserError
+from slam_jax.runtime import hosts
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same again resumes the run.")
+_HOSTS = command.hosts_flags()
+_TIMEOUT_S = 300
 
 
 def main() -> None:
@@ -21,8 +24,10 @@ def main() -> None:
         config = _CONFIG.value.to_dict()
     except (OSError, AttributeError) as error:
         raise UserError(f"--config: {command.one_line(error)}") from None
-    train.train(settings.from_config(config), Path(_WORKDIR.value))
+    checked = settings.from_config(config)
+    hosts.start(*_HOSTS(), timeout_s=_TIMEOUT_S)
+    train.train(checked, Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":
-    command.run(main, required=("config", "workdir"))
+    command.run(main, required=("config", "workdir"), leave=hosts.leave)
