@@ -2,16 +2,15 @@
 
 import contextlib
 import functools
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from slam_jax import command, evaluate, experiment, loop, pipeline
+from slam_jax import command, evaluate, experiment, loop, pipeline, program
 from slam_jax.data import text_inputs
-from slam_jax.distill import optimizer, state, step
+from slam_jax.distill import state
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder, hosts, log, mesh
 from slam_jax.settings import FREE, Settings, as_dict
@@ -29,55 +28,38 @@ def train(settings: Settings, workdir: Path) -> None:
     if settings.eval.judge:
         evaluate.judge_params(settings)
     found = experiment.teacher(settings)
-    student = experiment.student(settings, found.unet)
     tokens = text_inputs.read(found.tokenizer, found.tokenizer_2)
     examples = experiment.examples(settings, found, tokens)
-    nets = experiment.nets(settings, found, student.config)
-    adamw = optimizer.adamw(**settings.optimizer._asdict())
-    method = experiment.method(settings.distill, found.scheduler)
+    parts = program.parts(settings, found)
     devices = mesh.make(settings.mesh.axes)
     mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     dataset = experiment.dataset(settings, examples, hosts.part())
+    built = program.build(settings, parts, devices)
     folder.start(workdir, as_dict(settings))
 
     with log.bar(done, settings.num_steps) as progress:
         with log.phase(progress, "loading"):
-            everywhere = mesh.replicated(devices)
-            train_key, samples_key = _keys(settings.seed, everywhere)
+            train_key, samples_key = _keys(settings.seed, built.replicated)
             place = mesh.placer(devices, settings.mesh.rules)
             at_rest = pipeline.at_rest(pipeline.dtype(settings.teacher.dtype))
             teacher = pretrained.load(found, place=lambda path, x: place(path, at_rest(path, x)))
-            frozen = _frozen(settings, teacher, tokens, everywhere)
-            draw = _drawer(settings, teacher, frozen, tokens, nets, method, samples_key)
-
-            first = partial(state.init, optimizer=adamw)
-            like = jax.eval_shape(first, _shapes(student.params))
-            layout = mesh.shardings(like, devices, settings.mesh.rules)
-            placed = jax.tree.map(
-                lambda leaf, sharding: leaf.update(sharding=sharding), like, layout
-            )
+            frozen = _frozen(settings, teacher, tokens, built.replicated)
+            draw = _drawer(settings, teacher, frozen, tokens, parts, samples_key)
             checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
 
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
-        train_step = jax.jit(
-            partial(
-                step.train_step, nets=nets, method=method, optimizer=adamw,
-                ema_rate=settings.ema_rate, num_steps=settings.num_steps,
-                max_grad_norm=settings.faults.max_grad_norm,
-            ),
-            donate_argnums=0, out_shardings=(layout, everywhere),
-        )  # fmt: skip
+        train_step = built.step
         if done < settings.num_steps:
             with log.phase(progress, "compiling the step"):
                 batch = put(dataset[done].arrays)
-                train_step = train_step.lower(placed, frozen, batch, train_key).compile()
+                train_step = train_step.lower(built.like, frozen, batch, train_key).compile()
 
         def restored(saved: int) -> state.TrainState:
             if saved:
-                return checkpoint.restore(checkpoints, saved, like, layout)
-            unread = {"student": student.params}
+                return checkpoint.restore(checkpoints, saved, built.like)
+            unread = {"student": parts.student.params}
             params = translate.load(unread, dtype=np.float32, place=place)["student"]
-            return jax.jit(first, out_shardings=layout)(params)
+            return jax.jit(built.first, out_shardings=built.layout)(params)
 
         with contextlib.closing(checkpoints):
             run = loop.Run(
@@ -89,7 +71,7 @@ def train(settings: Settings, workdir: Path) -> None:
 
         with log.phase(progress, "writing the student"):
             # The target, not the student: the average over steps is the better model.
-            unet = student._replace(params=mesh.gather(now.target, devices))
+            unet = parts.student._replace(params=mesh.gather(now.target, devices))
             student = _write_student(settings, workdir, found, unet)
         with log.phase(progress, "evaluating"):
             table = evaluate.report(workdir, found, student, settings)
@@ -116,11 +98,6 @@ def _keys(seed: int, everywhere) -> tuple[jax.Array, jax.Array]:
     return tuple(make())
 
 
-def _shapes(params: Mapping) -> Mapping:
-    """What jax.eval_shape takes for parameters, read or unread, that will be float32."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), params)
-
-
 def _frozen(
     settings: Settings, teacher: pretrained.Pretrained, tokens: text_inputs.Tokenizers, everywhere
 ) -> state.Frozen:
@@ -132,8 +109,9 @@ def _frozen(
     return state.Frozen(teacher.unet.params, teacher.vae.params, text_encoder, null_text)
 
 
-def _drawer(settings: Settings, teacher, frozen, tokens, nets, method, samples_key):
+def _drawer(settings: Settings, teacher, frozen, tokens, parts: program.Parts, samples_key):
     """target parameters -> images [prompts, 2, H, W, 3], the teacher's and the student's."""
+    nets, method = parts.nets, parts.method
     prompts, num_steps = list(settings.eval.prompts), settings.eval.student_steps
     command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
     encoded = tokens.encode(prompts, experiment.image_size(settings))

@@ -272,6 +272,7 @@ BELOW = {
 }
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
 DRIVERS = ("train", "sample", "evaluate", "export", "prepare")
+BELOW["program"] = BELOW["experiment"] | {"experiment", "runtime"}
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
 BELOW["train"] = BELOW["train"] | {"evaluate"}  # a run ends with the table

@@ -29,14 +29,9 @@ def save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
     checkpoints.save(step, args=ocp.args.StandardSave(state))
 
 
-def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any, shardings: Any) -> Any:
-    """The state saved at `step`, laid out by `shardings`; `like` gives its shapes and dtypes."""
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        like,
-        shardings,
-    )
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
+    """The state saved at `step`; `like` gives shapes, dtypes and shardings, whatever they were."""
+    return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
 
 
 def restore_part(folder: Path, step: int, part: str, like: Any) -> Any:

@@ -23,8 +23,12 @@ def test_round_trip_is_exact_and_laid_out_as_asked(tmp_path):
     checkpoints = checkpoint.manager(tmp_path, keep=2)
     checkpoint.save(checkpoints, 1, state)
     checkpoints.wait_until_finished()
-    like = jax.eval_shape(lambda: _state(1))
-    found = checkpoint.restore(checkpoints, 1, like, _shardings(state))
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: _state(1)),
+        _shardings(state),
+    )
+    found = checkpoint.restore(checkpoints, 1, like)
     jax.tree.map(np.testing.assert_array_equal, found, state)
     assert found["student"]["a.0"].sharding == _shardings(state)["student"]["a.0"]
     checkpoints.close()

@@ -1,0 +1,69 @@
+"""The train step of an experiment on a mesh, before any array is there to run it on."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from slam_jax import experiment
+from slam_jax.distill import loss, optimizer, state, step
+from slam_jax.runtime import mesh
+from slam_jax.settings import Settings
+from slam_jax.weights import pretrained
+
+
+class Parts(NamedTuple):
+    """What settings and a teacher decide, wherever it will run."""
+
+    student: pretrained.Component  # its config, and what is trained of it, as it starts, unread
+    nets: step.Nets
+    method: loss.Method
+    optimizer: optax.GradientTransformation
+
+
+class Program(NamedTuple):
+    """The same on a mesh."""
+
+    first: Callable  # trained parameters, float32 -> TrainState of step 0
+    like: state.TrainState  # shapes, with the sharding of each array
+    layout: state.TrainState  # shardings alone
+    replicated: NamedSharding
+    step: Callable  # jitted: (TrainState, Frozen, batch, key) -> (TrainState, metrics)
+
+
+def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
+    """Touches no device; of the teacher, configs and shapes alone are looked at."""
+    student = experiment.student(settings, teacher.unet)
+    return Parts(
+        student=student,
+        nets=experiment.nets(settings, teacher, student.config),
+        method=experiment.method(settings.distill, teacher.scheduler),
+        optimizer=optimizer.adamw(**settings.optimizer._asdict()),
+    )
+
+
+def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
+    """The train step and the layout of its state."""
+    first = partial(state.init, optimizer=parts.optimizer)
+    bare = jax.eval_shape(first, _shapes(parts.student.params))
+    layout = mesh.shardings(bare, devices, settings.mesh.rules)
+    like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), bare, layout)
+    replicated = mesh.replicated(devices)
+    train_step = jax.jit(
+        partial(
+            step.train_step, nets=parts.nets, method=parts.method, optimizer=parts.optimizer,
+            ema_rate=settings.ema_rate, num_steps=settings.num_steps,
+            max_grad_norm=settings.faults.max_grad_norm,
+        ),
+        donate_argnums=0, out_shardings=(layout, replicated),
+    )  # fmt: skip
+    return Program(first, like, layout, replicated, train_step)
+
+
+def _shapes(params: Mapping) -> Mapping:
+    """What jax.eval_shape takes for parameters, read or unread, that will be float32."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), params)
