@@ -80,7 +80,9 @@ def get_config() -> ConfigDict:
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))
-    config.faults = ConfigDict(dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1))
+    config.faults = ConfigDict(
+        dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1, timeout_s=600)
+    )
     config.log = ConfigDict(dict(every_steps=10))
     # Examples are spread over all devices; every device holds a copy of the whole state.
     config.mesh = ConfigDict(dict(axes=(("data", -1),), rules=((".*", ()),)))

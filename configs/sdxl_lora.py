@@ -1,11 +1,9 @@
 """SPLAM as a LoRA of SDXL base 1.0 (1024 pixels).
 
-A LoRA of this kind was published (alimama-creative/slam-lora-sdxl, 394 MB: the size of rank 64 in
-half precision), but no code or settings. So: rank 64 on the modules of LCM-LoRA and learning rate
-1e-4, as diffusers' LCM-LoRA script for SDXL has them; w = 8 (guidance_scale 9), sub-paths of 20,
-uniform gamma, EMA 0.95 as in the released SPLAM script. The gamma layer, which a LoRA file cannot
-hold, is trained centred and left out (pipeline.py). No run has been measured yet: no hours given.
-
+Published (alimama-creative/slam-lora-sdxl): a file of 394 MB, the size of rank 64 in half
+precision; no code. So: modules and learning rate of diffusers' LCM-LoRA script for SDXL, the rest
+as in the released SPLAM script. The gamma layer, which a LoRA file cannot hold, is trained centred
+and left out (pipeline.py). No run has been measured yet: no hours given.
     python -m slam_jax.main --config configs/sdxl_lora.py --workdir runs/sdxl_lora \
         --config.data.source=FOLDER
 """
@@ -94,7 +92,9 @@ def get_config() -> ConfigDict:
         )
     )
     config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))
-    config.faults = ConfigDict(dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1))
+    config.faults = ConfigDict(
+        dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1, timeout_s=600)
+    )
     config.log = ConfigDict(dict(every_steps=10))
     config.mesh = ConfigDict(dict(axes=(("data", -1),), rules=((".*", ()),)))
     return config

@@ -6,8 +6,10 @@ from functools import partial
 
 from absl import app, flags, logging
 
-from slam_jax.errors import UserError
+from slam_jax.errors import Preempted, UserError
 
+# Exit status of a program that is to be started again; the launchers know it.
+PREEMPTED = 42
 # A config file is Python, so reading it may raise anything that Python raises.
 _CONFIG_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
@@ -22,6 +24,8 @@ def run(
     leave: Callable[[int], None] | None = None,
 ) -> None:
     """Parses absl's flags, then calls main. Exit status 1 if its numbers stopped being finite.
+
+    And 42 if it was told to end, has saved, and is to be started again.
 
     leave: called with the exit status of a failure, for a program that others may wait for.
     """
@@ -78,6 +82,9 @@ def _guarded(
         status = _complain(str(error), 2)
     except FloatingPointError as error:
         status = _complain(str(error), 1)
+    except Preempted as told:
+        print(told, file=sys.stderr)
+        return PREEMPTED  # all processes end so, and JAX has them wait for each other
     if status and leave is not None:
         leave(status)
     return status

@@ -1,10 +1,17 @@
-"""What may be wrong: a user's mistake, which the user can mend, or one sample among many."""
+"""What ends a program in good order, and what is wrong with one sample among many."""
 
 
 class UserError(ValueError):
     """A user's mistake: one line that names the value and the remedy.
 
     The programs print it without a traceback and exit with status 2.
+    """
+
+
+class Preempted(Exception):
+    """The program was told to end and has saved what there was: to be started again.
+
+    The programs print it and exit with status 42.
     """
 
 

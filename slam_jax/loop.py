@@ -1,5 +1,6 @@
 """The steps of a run: what is counted, drawn and saved on the way, and what happens to faults."""
 
+import collections
 import contextlib
 import json
 import math
@@ -14,8 +15,8 @@ import orbax.checkpoint as ocp
 
 from slam_jax.data import batches, tally
 from slam_jax.distill.state import TrainState
-from slam_jax.errors import UserError
-from slam_jax.runtime import checkpoint, folder, images, log
+from slam_jax.errors import Preempted, UserError
+from slam_jax.runtime import checkpoint, folder, hosts, images, log, peers
 from slam_jax.settings import Settings
 
 _NUM_PREFETCH = 4  # batches held ready
@@ -30,6 +31,7 @@ class Run(NamedTuple):
     workdir: Path
     dataset: grain.MapDataset  # batch n is dataset[n]
     step: Callable[[TrainState, dict[str, np.ndarray]], tuple[TrainState, dict]]  # and metrics
+    total: Callable[[np.ndarray], jax.Array]  # a host's counts -> those of all hosts
     draw: Callable[[Any], np.ndarray]  # target -> images [prompts, 2, H, W, 3]
     checkpoints: ocp.CheckpointManager
     progress: log.Progress
@@ -43,6 +45,15 @@ class Rollback(NamedTuple):
     offset: int  # step n takes batch n - 1 + offset from here on
 
 
+class _History(NamedTuple):
+    """What happened since the loop began; its parts grow."""
+
+    unseen: list[tuple[int, dict, jax.Array]]  # steps, metrics and counts not fetched yet
+    skipped: list[int]  # steps whose updates were dropped
+    counts: collections.Counter[str]  # of samples, on all hosts
+    bad: collections.Counter[tuple[str, str]]  # samples of this host, by shard and reason
+
+
 class DivergedError(ArithmeticError):
     """Too many updates had to be dropped."""
 
@@ -51,7 +62,8 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
     """The state after num_steps. `restored` gives the one of a saved step, and of step 0.
 
     Where too many updates are dropped the run goes back to its last checkpoint and on with other
-    data. FloatingPointError if that does not help.
+    data. FloatingPointError if that does not help; Preempted once it has saved what SIGTERM left
+    it no time to go on with.
     """
     happened = _read_rollbacks(run.workdir)
     while True:
@@ -83,38 +95,42 @@ def _read_rollbacks(workdir: Path) -> list[Rollback]:
 
 def _write_rollbacks(workdir: Path, happened: list[Rollback]) -> None:
     lines = "".join(json.dumps(each._asdict()) + "\n" for each in happened)
-    folder.write_atomic(workdir / _ROLLBACKS, lines.encode())
+    if hosts.is_first():
+        folder.write_atomic(workdir / _ROLLBACKS, lines.encode())
 
 
 def _steps(run: Run, now: TrainState, done: int, offset: int) -> TrainState:
     """The state after num_steps, from `now`, which is after `done`."""
     settings = run.settings
     with _open(run, done, offset) as (journal, feed):
-        unseen, skipped, counted = [], [], tally.EMPTY
+        history = _History([], [], collections.Counter(), collections.Counter())
         for number in range(done + 1, settings.num_steps + 1):
-            try:
+            with _kept(run, journal, history, number - 1, now, alone=True):
                 batch = next(feed)
-                counted = _count(journal, settings, number, batch, counted)
-            except UserError:
-                # The data's fault: what has been learnt until here is kept.
-                _record_all(journal, settings, unseen, skipped, leave=0)
-                if number - 1 > done and number - 1 not in run.checkpoints.all_steps():
-                    checkpoint.save(run.checkpoints, number - 1, now)
-                raise
+            peers.step(number)
             now, metrics = run.step(now, batch.arrays)
-            unseen.append((number, metrics, tally.summary(batch.dropped, batch.num_cut)))
+            history.unseen.append((number, metrics, run.total(_counts(batch))))
+            _list_bad(journal, history, number, batch)
+            told = hosts.preempted(number)
             last = number == settings.num_steps
             draws = last or number % settings.eval.every_steps == 0
-            saves = last or number % settings.checkpoint.every_steps == 0
+            saves = last or told or number % settings.checkpoint.every_steps == 0
             # The metrics of a step are fetched when the next one is under way, except that no
             # state is drawn or saved before it is known whether the run goes on from it.
-            _record_all(journal, settings, unseen, skipped, leave=0 if draws or saves else 1)
+            _record_all(journal, settings, history, leave=0 if draws or saves else 1)
+            with _kept(run, journal, history, number, now):
+                _check_data(history, settings.data.max_bad_fraction)
+            if draws or saves:
+                peers.step(None)
             if draws:
                 with log.phase(run.progress, "drawing samples"):
                     _write_samples(journal, run.workdir, number, run.draw(now.target))
             # After metrics and samples: whatever precedes a checkpoint is never missing.
             if saves:
                 checkpoint.save(run.checkpoints, number, now)
+            if told:
+                run.checkpoints.wait_until_finished()
+                raise Preempted(f"told to end: saved after step {number}; the same command goes on")
     return now
 
 
@@ -134,29 +150,53 @@ def _open(run: Run, done: int, offset: int) -> Iterator[tuple[log.Log, Iterator[
         yield journal, feed
 
 
-def _count(
-    journal: log.Log, settings: Settings, number: int, batch: batches.Batch, counted: tally.Tally
-) -> tally.Tally:
-    """Lists the batch's bad samples; UserError if with them there are too many."""
+@contextlib.contextmanager
+def _kept(
+    run: Run, journal: log.Log, history: _History, number: int, now: TrainState,
+    *, alone: bool = False,
+) -> Iterator[None]:  # fmt: skip
+    """Saves `now`, which is after `number`, where the data are at fault: it has been learnt.
+
+    alone: the fault may be seen by this host alone. Then it cannot save if there are others.
+    """
+    try:
+        yield
+    except UserError:
+        if not (alone and peers.known()) and number not in {0, *run.checkpoints.all_steps()}:
+            _record_all(journal, run.settings, history, leave=0)
+            checkpoint.save(run.checkpoints, number, now)
+        raise
+
+
+def _counts(batch: batches.Batch) -> np.ndarray:
+    return tally.counts(len(batch.arrays["input_ids"]), batch.dropped, batch.num_cut)
+
+
+def _list_bad(journal: log.Log, history: _History, number: int, batch: batches.Batch) -> None:
+    """Notes the bad samples of this host's part of the batch."""
+    history.bad.update(tally.of_shards(batch.dropped))
     bad = [dropped._asdict() for dropped in batch.dropped if not dropped.filtered]
     log.bad_samples(journal, number, bad)
-    counted = tally.add(counted, len(batch.arrays["input_ids"]), batch.dropped)
-    tally.check(counted, settings.data.max_bad_fraction)
-    return counted
 
 
-def _record_all(
-    journal: log.Log, settings: Settings, unseen: list, skipped: list[int], *, leave: int
-) -> None:
-    """Records all but the last `leave` steps; DivergedError if too many updates were dropped.
+def _check_data(history: _History, max_bad_fraction: float) -> None:
+    """UserError, on all hosts alike, if too many of the samples are bad."""
+    tally.check(
+        history.counts["good_samples"], history.counts["bad_samples"], history.bad,
+        max_bad_fraction, "data.max_bad_fraction", so_far=True,
+    )  # fmt: skip
 
-    skipped: the steps whose updates were, to which this adds.
-    """
-    while len(unseen) > leave:
-        number, metrics, counts = unseen.pop(0)
-        if _record(journal, settings, number, metrics, counts):
-            skipped.append(number)
-            recent = sum(step > number - _WINDOW for step in skipped)
+
+def _record_all(journal: log.Log, settings: Settings, history: _History, *, leave: int) -> None:
+    """Records all but the last `leave` steps; DivergedError if too many updates were dropped."""
+    while len(history.unseen) > leave:
+        number, metrics, counts = jax.device_get(history.unseen.pop(0))
+        counted = dict(zip(tally.COUNTED, counts.tolist(), strict=True))
+        history.counts.update(counted)
+        del counted["good_samples"]
+        if _record(journal, settings, number, metrics, counted):
+            history.skipped.append(number)
+            recent = sum(step > number - _WINDOW for step in history.skipped)
             if recent > settings.faults.max_skips:
                 raise DivergedError(
                     number, f"step {number}: {recent} updates within {_WINDOW} steps were dropped"
@@ -164,13 +204,17 @@ def _record_all(
 
 
 def _record(
-    journal: log.Log, settings: Settings, number: int, metrics: dict, counts: dict[str, int]
+    journal: log.Log,
+    settings: Settings,
+    number: int,
+    metrics: dict[str, np.ndarray],
+    counts: dict[str, int],
 ) -> bool:
-    """Fetches a step's metrics, shows them, writes a line if one is due; whether it was dropped.
+    """Shows a step's metrics and writes a line if one is due; whether its update was dropped.
 
     counts: of the samples left out of its batch; a line has their sums since the one before.
     """
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values = {name: float(value) for name, value in metrics.items()}
     skipped = values.pop("skipped") > 0
     journal.counts.update({**counts, "skipped_updates": int(skipped)})
     if skipped:
@@ -188,6 +232,8 @@ def _record(
 
 
 def _write_samples(journal: log.Log, workdir: Path, number: int, drawn: np.ndarray) -> None:
+    if not hosts.is_first():
+        return
     pixels = images.grid(drawn)
     folder.write_atomic(workdir / "samples" / f"step_{number:06d}.png", images.png(pixels))
     log.picture(journal, number, "teacher and student", pixels)

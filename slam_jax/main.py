@@ -15,7 +15,6 @@ from slam_jax.runtime import hosts
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same again resumes the run.")
 _HOSTS = command.hosts_flags()
-_TIMEOUT_S = 300
 
 
 def main() -> None:
@@ -24,9 +23,9 @@ def main() -> None:
         config = _CONFIG.value.to_dict()
     except (OSError, AttributeError) as error:
         raise UserError(f"--config: {command.one_line(error)}") from None
-    checked = settings.from_config(config)
-    hosts.start(*_HOSTS(), timeout_s=_TIMEOUT_S)
-    train.train(checked, Path(_WORKDIR.value))
+    chosen = settings.from_config(config)
+    hosts.start(*_HOSTS(), timeout_s=chosen.faults.timeout_s, saves_on_sigterm=True)
+    train.train(chosen, Path(_WORKDIR.value))
 
 
 if __name__ == "__main__":

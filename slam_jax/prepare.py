@@ -28,6 +28,7 @@ from slam_jax.data import (
     shards,
     sources,
     summary,
+    tally,
     text_inputs,
     verify,
     watch,
@@ -87,6 +88,8 @@ _MAX_BAD_FRACTION = flags.DEFINE_float(
 )
 _REPORT = flags.DEFINE_bool("report", False, "Write report.html and report.json into the cache.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Read the finished cache through.")
+_HOSTS = command.hosts_flags()
+_TIMEOUT_S = 600  # in which all hosts must have come
 
 
 def main() -> None:
@@ -109,7 +112,9 @@ def _prepare(out: Path) -> bool:
     """Encodes what is missing of this host's shards. Whether the cache is finished."""
     wanted = filters.parse(_FILTER.value)
     dtype = pipeline.dtype(_COMPUTE_DTYPE.value)
+    hosts.start(*_HOSTS(), timeout_s=_TIMEOUT_S)
     folder.check_writable(out)
+    hosts.check_shared(out)
     source = _source(_SOURCE.value)
     model = hub.find(*(flag.value for flag in (_MODEL, _REVISION, _VARIANT, _CONFIG)))
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
@@ -228,7 +233,7 @@ def _finish(out: Path, plan: Plan, host: int) -> bool:
     filtered, bad = (summary.reasons(total, filtered=which) for which in (True, False))
     whole = Manifest(plan, tuple(shard for _, shard in found), total.kept, filtered, bad)
     manifest.publish(out / manifest.MANIFEST, manifest.dump(whole), host)
-    dropped = watch.listed(Counter(filtered) + Counter(bad)) or "none"
+    dropped = tally.listed(Counter(filtered) + Counter(bad)) or "none"
     kept = f"kept {total.kept:,} of {plan.num_samples:,} pictures"
     if plan.crops > 1:
         kept += f", {plan.crops} crops of each at {plan.crops} times the work and disk of one"
@@ -275,4 +280,4 @@ def _summary(path: Path) -> Summary:
 
 
 if __name__ == "__main__":
-    command.run(main, required=("out",))
+    command.run(main, required=("out",), leave=hosts.leave)

@@ -93,6 +93,7 @@ class Faults(NamedTuple):
     max_grad_norm: float  # before clipping; a larger one, or one that is not finite, is dropped
     max_skips: int  # updates dropped within 1,000 steps; more, and the run goes back
     max_rollbacks: int  # to the last checkpoint and on with other data; after so many it stops
+    timeout_s: int  # hosts wait so long for each other; a later one ends the job
 
 
 class Checkpoint(NamedTuple):
@@ -146,7 +147,7 @@ FREE = (
 _AT_LEAST_ONE = (
     "num_steps", "batch_size", "accumulate", "distill.num_subpaths", "data.num_images",
     "eval.every_steps", "eval.teacher_steps", "eval.student_steps", "eval.num_images",
-    "checkpoint.every_steps", "checkpoint.keep", "log.every_steps",
+    "checkpoint.every_steps", "checkpoint.keep", "faults.timeout_s", "log.every_steps",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "seed", "student.lora.rank", "data.num_threads", "data.num_workers", "faults.max_skips",

@@ -31,11 +31,13 @@ def train(settings: Settings, workdir: Path) -> None:
     tokens = text_inputs.read(found.tokenizer, found.tokenizer_2)
     examples = experiment.examples(settings, found, tokens)
     parts = program.parts(settings, found)
+    hosts.check_shared(workdir)
     devices = mesh.make(settings.mesh.axes)
     mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     dataset = experiment.dataset(settings, examples, hosts.part())
     built = program.build(settings, parts, devices)
-    folder.start(workdir, as_dict(settings))
+    if hosts.is_first():
+        folder.start(workdir, as_dict(settings))
 
     with log.bar(done, settings.num_steps) as progress:
         with log.phase(progress, "loading"):
@@ -44,7 +46,7 @@ def train(settings: Settings, workdir: Path) -> None:
             at_rest = pipeline.at_rest(pipeline.dtype(settings.teacher.dtype))
             teacher = pretrained.load(found, place=lambda path, x: place(path, at_rest(path, x)))
             frozen = _frozen(settings, teacher, tokens, built.replicated)
-            draw = _drawer(settings, teacher, frozen, tokens, parts, samples_key)
+            draw = _drawer(settings, teacher, frozen, tokens, parts, built, samples_key)
             checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
 
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
@@ -65,13 +67,15 @@ def train(settings: Settings, workdir: Path) -> None:
             run = loop.Run(
                 settings, workdir, dataset,
                 step=lambda now, arrays: train_step(now, frozen, put(arrays), train_key),
-                draw=draw, checkpoints=checkpoints, progress=progress,
+                total=mesh.total(devices), draw=draw, checkpoints=checkpoints, progress=progress,
             )  # fmt: skip
             now = loop.to_the_end(run, restored, done)
 
         with log.phase(progress, "writing the student"):
             # The target, not the student: the average over steps is the better model.
             unet = parts.student._replace(params=mesh.gather(now.target, devices))
+            if not hosts.is_first():
+                return
             student = _write_student(settings, workdir, found, unet)
         with log.phase(progress, "evaluating"):
             table = evaluate.report(workdir, found, student, settings)
@@ -109,39 +113,53 @@ def _frozen(
     return state.Frozen(teacher.unet.params, teacher.vae.params, text_encoder, null_text)
 
 
-def _drawer(settings: Settings, teacher, frozen, tokens, parts: program.Parts, samples_key):
-    """target parameters -> images [prompts, 2, H, W, 3], the teacher's and the student's."""
-    nets, method = parts.nets, parts.method
-    prompts, num_steps = list(settings.eval.prompts), settings.eval.student_steps
-    command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
-    encoded = tokens.encode(prompts, experiment.image_size(settings))
-    text = jax.jit(nets.encode_text)(frozen.text_encoder, encoded)
-    shape = pipeline.latent_shape(teacher, settings.data.size)
-    noise = jax.random.normal(samples_key, (num_steps, len(prompts), *shape))
-    x_T = noise[0]
+def _drawer(
+    settings: Settings, teacher, frozen, tokens, parts: program.Parts, built: program.Program,
+    samples_key,
+):  # fmt: skip
+    """target parameters -> images [prompts, 2, H, W, 3], the teacher's and the student's.
+
+    All hosts draw all of them: what each needs lies on every device.
+    """
+    everywhere = partial(jax.jit, out_shardings=built.replicated)
+    num_steps = settings.eval.student_steps
+    text = everywhere(parts.nets.encode_text)(frozen.text_encoder, _prompts(settings, tokens))
+    latent_shape = pipeline.latent_shape(teacher, settings.data.size)
+    shape = (num_steps, len(settings.eval.prompts), *latent_shape)
+    noise = everywhere(lambda key: jax.random.normal(key, shape))(samples_key)
 
     decode = pipeline.decode(teacher.vae.config, pipeline.dtype(settings.teacher.dtype))
-    shared = (decode, method.schedule, method.prediction)
-    original_steps = settings.distill.num_subpaths
-    few_step = pipeline.few_step(nets.student, *shared, num_steps, original_steps)
-    ddim = jax.jit(
-        pipeline.ddim(nets.teacher, *shared, settings.eval.teacher_steps, original_steps, method.w)
-    )
+    shared = (decode, parts.method.schedule, parts.method.prediction)
+    starts, teacher_steps = settings.distill.num_subpaths, settings.eval.teacher_steps
+    few_step = pipeline.few_step(parts.nets.student, *shared, num_steps, starts)
+    ddim = pipeline.ddim(parts.nets.teacher, *shared, teacher_steps, starts, parts.method.w)
+
+    @everywhere
+    def teacher_images(teacher_params, vae, text, null_text, noise) -> jax.Array:
+        return ddim(teacher_params, vae, text, null_text, noise[0])
+
+    @everywhere
+    def student_images(teacher_params, target, vae, text, noise) -> jax.Array:
+        return few_step(parts.nets.student_params(teacher_params, target), vae, text, noise)
 
     @functools.cache
-    def teacher_images() -> np.ndarray:
-        drawn = ddim(frozen.teacher, frozen.vae, text, frozen.null_text, x_T)
+    def teacher_drawn() -> np.ndarray:
+        drawn = teacher_images(frozen.teacher, frozen.vae, text, frozen.null_text, noise)
         return jax.device_get(drawn)
-
-    @jax.jit
-    def student_images(teacher_params, target, vae, text, noise) -> jax.Array:
-        return few_step(nets.student_params(teacher_params, target), vae, text, noise)
 
     def draw(target) -> np.ndarray:
         drawn = jax.device_get(student_images(frozen.teacher, target, frozen.vae, text, noise))
-        return np.stack([teacher_images(), drawn], axis=1)
+        return np.stack([teacher_drawn(), drawn], axis=1)
 
     return draw
+
+
+def _prompts(settings: Settings, tokens: text_inputs.Tokenizers) -> dict[str, np.ndarray]:
+    """The sample grids', encoded; says what does not fit."""
+    prompts = list(settings.eval.prompts)
+    if hosts.is_first():
+        command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
+    return tokens.encode(prompts, experiment.image_size(settings))
 
 
 def _write_student(settings: Settings, workdir: Path, teacher, trained) -> pretrained.Pretrained:

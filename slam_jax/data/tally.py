@@ -1,13 +1,20 @@
 """What was left out while samples were read, and when that is too much."""
 
 import collections
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
 
 from slam_jax.errors import UserError
 
 _FEW = 1000  # samples, below which a fraction says nothing
+_DEVIATIONS = 3  # of chance
 _SHOWN = 5  # shards
+
+# What `counts` counts.
+COUNTED = ("good_samples", "bad_samples", "filtered_samples", "cut_captions")
 
 
 class Dropped(NamedTuple):
@@ -19,65 +26,58 @@ class Dropped(NamedTuple):
     filtered: bool  # by the user's filters: nothing is wrong with it
 
 
-class Tally(NamedTuple):
-    """Counts of samples."""
-
-    num_read: int  # left out or not
-    bad: collections.Counter[tuple[str, str]]  # by shard and reason
-    filtered: collections.Counter[str]  # by reason
-
-
-EMPTY = Tally(0, collections.Counter(), collections.Counter())
-
-
-def add(tally: Tally, num_kept: int, dropped: Iterable[Dropped]) -> Tally:
-    """The tally with those samples in it."""
-    dropped = list(dropped)
-    return Tally(
-        tally.num_read + num_kept + len(dropped),
-        tally.bad + collections.Counter((d.shard, d.reason) for d in dropped if not d.filtered),
-        tally.filtered + collections.Counter(d.reason for d in dropped if d.filtered),
-    )
-
-
-def summary(dropped: Iterable[Dropped], num_cut: int) -> dict[str, int]:
-    """What a log tells of a batch; num_cut: captions longer than the tokenizer takes."""
+def counts(num_good: int, dropped: Iterable[Dropped], num_cut: int) -> np.ndarray:
+    """int32 [4], named by COUNTED; num_cut: captions longer than the tokenizer takes."""
     filtered = [each.filtered for each in dropped]
-    return {
-        "bad_samples": filtered.count(False),
-        "filtered_samples": filtered.count(True),
-        "cut_captions": num_cut,
-    }
+    return np.array([num_good, filtered.count(False), filtered.count(True), num_cut], np.int32)
 
 
-def check(tally: Tally, max_bad_fraction: float) -> None:
+def of_shards(dropped: Iterable[Dropped]) -> collections.Counter[tuple[str, str]]:
+    """The bad ones by shard and reason."""
+    return collections.Counter((each.shard, each.reason) for each in dropped if not each.filtered)
+
+
+def check(
+    num_good: int,
+    num_bad: int,
+    bad: collections.Counter[tuple[str, str]],
+    max_bad_fraction: float,
+    option: str,
+    *,
+    so_far: bool,
+) -> None:
     """UserError with the worst shards if more than that share of the samples is bad.
 
-    Judged as if at least 1,000 had been read, so that one bad sample among the first is no reason
-    to stop.
+    bad: by shard and reason, as far as they are known here. option: what the user calls the
+    fraction. so_far: there are more samples to come. Then too many are those that cannot be so by
+    chance, judged as if at least 1,000 had been read, so that one among the first is no reason to
+    stop.
     """
-    num_bad = tally.bad.total()
-    if num_bad <= max_bad_fraction * max(tally.num_read, _FEW):
+    num_read = num_good + num_bad
+    allowed = max_bad_fraction * num_read
+    if so_far:
+        allowed = max_bad_fraction * max(num_read, _FEW)
+        allowed += _DEVIATIONS * math.sqrt(allowed)
+    if num_bad <= allowed:
         return
-    told = "; ".join(
-        f"{shard} ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())})"
-        for shard, reasons in worst_shards(tally.bad, _SHOWN)
-    )
+    worst = "; ".join(f"{shard} ({listed(reasons)})" for shard, reasons in _worst_shards(bad))
     raise UserError(
-        f"{num_bad} of {tally.num_read} samples are bad, more than data.max_bad_fraction "
-        f"{max_bad_fraction:g} allows; the worst shards are {told}: mend or leave them out, or "
-        "raise the fraction"
+        f"{num_bad:,} of {num_read:,} samples cannot be used, more than {option} "
+        f"{max_bad_fraction:g} allows; the worst shards are {worst or 'known to other hosts'}: "
+        "mend or leave them out, or raise the fraction"
     )
 
 
-def worst_shards(
-    bad: collections.Counter[tuple[str, str]], most: int
+def _worst_shards(
+    bad: collections.Counter[tuple[str, str]],
 ) -> list[tuple[str, collections.Counter[str]]]:
-    """At most so many shards with the counts of their reasons, the worst shard first.
-
-    bad: by shard and reason.
-    """
+    """A few shards with the counts of their reasons, the worst shard first."""
     shards = collections.defaultdict(collections.Counter)
     for (shard, reason), count in bad.items():
         shards[shard][reason] += count
-    return sorted(shards.items(), key=lambda item: -item[1].total())[:most]
+    return sorted(shards.items(), key=lambda item: -item[1].total())[:_SHOWN]
+
+
+def listed(reasons: collections.Counter[str]) -> str:
+    """The counts in words, the largest first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())

@@ -1,6 +1,5 @@
 """Stops a preparation that cannot come to anything, as soon as that can be told."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -12,9 +11,6 @@ from slam_jax.data.variants import Picture
 from slam_jax.errors import UserError
 
 _PATIENCE = 10_000  # samples in a row that may be left out
-_ENOUGH = 1_000  # samples from which a fraction is estimated
-_DEVIATIONS = 3  # of chance
-_WORST = 3  # shards that are named
 
 
 class Watch(NamedTuple):
@@ -78,21 +74,10 @@ def finish(watch: Watch) -> None:
 
 
 def _check(watch: Watch, *, so_far: bool) -> None:
-    """so_far: there are more to come, so too many are those that cannot be so by chance."""
-    num_bad = watch.bad.total()
-    num_used = watch.kept.total() + num_bad
-    allowed = watch.max_bad_fraction * num_used
-    if so_far:
-        allowed += _DEVIATIONS * math.sqrt(allowed)
-    if num_bad <= allowed or (so_far and num_used < _ENOUGH):
-        return
-    shards = tally.worst_shards(watch.bad, _WORST)
-    worst = "; ".join(f"{shard}: {listed(reasons)}" for shard, reasons in shards)
-    raise UserError(
-        f"{num_bad:,} of {num_used:,} samples cannot be used, more than --max_bad_fraction="
-        f"{watch.max_bad_fraction:g} allows; the worst shards are {worst}. Mend them or leave "
-        "them out, or allow a larger fraction"
-    )
+    tally.check(
+        watch.kept.total(), watch.bad.total(), watch.bad, watch.max_bad_fraction,
+        "--max_bad_fraction", so_far=so_far,
+    )  # fmt: skip
 
 
 def _none_left(watch: Watch, which: str) -> UserError:
@@ -100,10 +85,5 @@ def _none_left(watch: Watch, which: str) -> UserError:
     for (_, reason), count in watch.bad.items():
         counts[reason] += count
     return UserError(
-        f"{which} were left out ({listed(counts)} in all); loosen --filter or mend the data"
+        f"{which} were left out ({tally.listed(counts)} in all); loosen --filter or mend the data"
     )
-
-
-def listed(counts: Counter[str]) -> str:
-    """The counts in words, the largest first."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())

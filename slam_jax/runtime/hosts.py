@@ -10,7 +10,9 @@ import signal
 import socket
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -95,6 +97,25 @@ def start(
             heartbeat_timeout_seconds=timeout_s + 10, shutdown_timeout_seconds=_MAX_END_S,
         )  # fmt: skip
     peers.start(job.process_id, timeout_s)
+
+
+def check_shared(folder: Path) -> None:
+    """UserError if this process does not see what the first one writes there; all must call it."""
+    if not peers.known():
+        return
+    name = peers.agreed("shared_folder", lambda: f".shared-{uuid.uuid4().hex}")
+    if is_first():
+        (folder / name).touch()
+    peers.wait_for_all("written")
+    missing = not (folder / name).exists()
+    peers.wait_for_all("seen")
+    if is_first():
+        (folder / name).unlink()
+    if missing:
+        raise UserError(
+            f"{folder} on {socket.gethostname()} is not the first host's folder of that name; "
+            "give one on a disk that all hosts share"
+        )
 
 
 def leave(status: int) -> None:

@@ -1,12 +1,17 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events and a progress bar."""
+"""What a run tells while it runs: metrics.jsonl, TensorBoard events and a progress bar.
+
+The first host tells it; every other one lists only its own bad samples, in a file of its own.
+"""
 
 import collections
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -14,8 +19,9 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from slam_jax.runtime import hosts
+
 METRICS = "metrics.jsonl"
-BAD_SAMPLES = "bad_samples.jsonl"
 
 
 class Progress(NamedTuple):
@@ -39,8 +45,9 @@ class Log(NamedTuple):
 @contextlib.contextmanager
 def bar(step: int, num_steps: int) -> Iterator[Progress]:
     """A progress bar over the steps; drawn twice a second on a terminal, seldom in a file."""
-    with tqdm(
+    with open(os.devnull, "w") as nowhere, tqdm(
         total=num_steps, initial=step, dynamic_ncols=True, desc="starting",
+        file=sys.stderr if hosts.is_first() else nowhere,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}{postfix}]",
@@ -51,20 +58,34 @@ def bar(step: int, num_steps: int) -> Iterator[Progress]:
 @contextlib.contextmanager
 def started(workdir: Path, step: int, progress: Progress) -> Iterator[Log]:
     """The log of a run that stands at `step`; later lines, and a half-written one, are cut off."""
-    for name in (METRICS, BAD_SAMPLES):
-        _truncate(workdir / name, step)
+    host, num_hosts = hosts.part()
+    metrics = workdir / METRICS if host == 0 else Path(os.devnull)
+    bad_samples = workdir / _bad_samples_name(host)
+    left = (path for path in workdir.glob("bad_samples.*.jsonl") if _host(path) >= num_hosts)
+    for path in (metrics, bad_samples, *(left if host == 0 else ())):
+        _truncate(path, step)
+    events = partial(SummaryWriter, str(workdir / "events"), write_to_disk=hosts.is_first())
     with (
-        open(workdir / METRICS, "a") as lines,
-        open(workdir / BAD_SAMPLES, "a") as bad,
-        SummaryWriter(str(workdir / "events"), purge_step=step + 1) as events,
+        open(metrics, "a") as lines,
+        open(bad_samples, "a") as bad,
+        events(purge_step=step + 1) as writer,
     ):
         progress.bar.set_description_str("training")
-        yield Log(lines, events, progress, bad, collections.Counter())
+        yield Log(lines, writer, progress, bad, collections.Counter())
+
+
+def _bad_samples_name(host: int) -> str:
+    return "bad_samples.jsonl" if host == 0 else f"bad_samples.{host}.jsonl"
+
+
+def _host(bad_samples: Path) -> int:
+    number = bad_samples.name.split(".")[1]
+    return int(number) if number.isdecimal() else 0
 
 
 def _truncate(path: Path, step: int) -> None:
     """Keeps the lines of steps <= `step`, in place: a kill midway loses none of them."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = 0
     with open(path, "rb") as file:
@@ -85,19 +106,19 @@ def write(log: Log, step: int, values: Mapping[str, float]) -> None:
 
 
 def say(progress: Progress, warning: str) -> None:
-    """A line on stderr, above the bar."""
-    progress.bar.write(f"warning: {warning}", file=sys.stderr)
+    """A line on the first host's stderr, above the bar."""
+    if hosts.is_first():
+        progress.bar.write(f"warning: {warning}", file=sys.stderr)
 
 
 def bad_samples(log: Log, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
     """A line of bad_samples.jsonl for each sample that was left out; says so the first time."""
     if samples and not log.bad.tell():
         first = samples[0]
-        say(
-            log.progress,
-            f"{first['shard']}: {first['key']}: {first['reason']}; the next good sample is taken "
-            f"instead; all such samples are listed in {log.bad.name}",
-        )
+        log.progress.bar.write(
+            f"warning: {first['shard']}: {first['key']}: {first['reason']}; the next good sample "
+            f"is taken instead; all such samples are listed in {log.bad.name}", file=sys.stderr,
+        )  # fmt: skip
     for sample in samples:
         log.bad.write(json.dumps({"step": step, **sample}) + "\n")
     log.bad.flush()

@@ -13,9 +13,11 @@ the state and fetch the rest when it is needed, layer by layer.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -108,6 +110,23 @@ def gather(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.device_get(whole(leaf)), tree)
 
 
+def total(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+    """(numbers [n] of each host) -> their sums over all hosts; nothing waits for them.
+
+    All hosts must call it.
+    """
+    rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    add = jax.jit(partial(jnp.sum, axis=0), out_shardings=replicated(mesh))
+
+    def over_hosts(numbers: np.ndarray) -> jax.Array:
+        # The host's numbers on its first device, zeros on the others.
+        mine = np.zeros((len(rows.addressable_devices), *numbers.shape), numbers.dtype)
+        mine[0] = numbers
+        return add(_put(rows, mine))
+
+    return over_hosts
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -149,6 +168,13 @@ def put_batch(batch: Mapping[str, np.ndarray], accumulate: int, mesh: Mesh) -> d
 
     def put(x: np.ndarray) -> jax.Array:
         parts = np.stack([x[first::accumulate] for first in range(accumulate)])
-        return jax.make_array_from_process_local_data(batch_sharding(mesh), parts)
+        return _put(batch_sharding(mesh), parts)
 
     return {name: put(x) for name, x in batch.items()}
+
+
+def _put(layout: NamedSharding, mine: np.ndarray) -> jax.Array:
+    """This host's part of an array as part of the global one."""
+    # With several hosts JAX takes this for a transfer that nobody asked for.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(layout, mine)

@@ -21,6 +21,7 @@ from jax._src import distributed
 
 _FOLDER = "slam_jax/beats/"
 _BEAT_S = 1.0
+_PATIENCE_MS = 24 * 3600 * 1000  # the watch ends a job much earlier
 _NO_STEP = -1
 _DONE, _FAILED = 0, -1  # instead of a beat's count
 
@@ -74,6 +75,19 @@ def start(process_id: int, timeout_s: int) -> None:
         _stop.set()
         for thread in threads:
             thread.join()
+
+
+def agreed(about: str, choose: Callable[[], str]) -> str:
+    """What the first process chose; the others wait for it."""
+    client, key = distributed.global_state.client, f"slam_jax/agreed/{about}"
+    if distributed.global_state.process_id == 0:
+        client.key_value_set(key, choose())
+    return client.blocking_key_value_get(key, _PATIENCE_MS)
+
+
+def wait_for_all(until: str) -> None:
+    """Returns when all processes have called it with that word, once each."""
+    distributed.global_state.client.wait_at_barrier(f"slam_jax/{until}", _PATIENCE_MS)
 
 
 def step(number: int | None) -> None:

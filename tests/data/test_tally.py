@@ -12,48 +12,56 @@ def dropped(shard, reason="damaged picture", count=1, filtered=False):
     return [tally.Dropped(reason, shard, str(i), filtered) for i in range(count)]
 
 
-def test_counts_what_was_read_and_what_was_left_out():
-    counted = tally.add(tally.EMPTY, 4, dropped("a") + dropped("b", "aspect > 2", 2, filtered=True))
-    counted = tally.add(counted, 3, dropped("a") + dropped("b"))
-    assert counted.num_read == 4 + 1 + 2 + 3 + 1 + 1
-    assert counted.bad == {("a", "damaged picture"): 2, ("b", "damaged picture"): 1}
-    assert counted.filtered == {"aspect > 2": 2}
-    assert (0, collections.Counter(), collections.Counter()) == tally.EMPTY
+def check(num_good, num_bad, bad, *, so_far=True):
+    tally.check(num_good, num_bad, bad, 0.01, "data.max_bad_fraction", so_far=so_far)
 
 
-def test_a_log_line_tells_bad_from_filtered():
+def test_counts_tell_bad_from_filtered():
     left_out = dropped("a", count=3) + dropped("a", filtered=True)
-    assert tally.summary(left_out, 5) == {
-        "bad_samples": 3, "filtered_samples": 1, "cut_captions": 5,
+    counted = dict(zip(tally.COUNTED, tally.counts(4, left_out, 5).tolist(), strict=True))
+    assert counted == {
+        "good_samples": 4, "bad_samples": 3, "filtered_samples": 1, "cut_captions": 5,
     }  # fmt: skip
 
 
+def test_bad_ones_are_counted_by_shard_and_reason():
+    left_out = dropped("a", count=2) + dropped("b") + dropped("b", "aspect > 2", filtered=True)
+    assert tally.of_shards(left_out) == {("a", "damaged picture"): 2, ("b", "damaged picture"): 1}
+
+
+# Of a thousand 10 are allowed, 3 standard deviations are 9.5; of ten thousand 100 and 30.
 @pytest.mark.parametrize(
-    ("num_kept", "num_bad", "stops"),
-    [(0, 10, False), (0, 11, True), (1980, 20, False), (1979, 21, True), (10**6, 500, False)],
-)
-def test_stops_above_the_fraction_of_at_least_a_thousand(num_kept, num_bad, stops):
-    counted = tally.add(tally.EMPTY, num_kept, dropped("a", count=num_bad))
+    ("num_good", "num_bad", "so_far", "stops"),
+    [
+        (0, 19, True, False), (0, 20, True, True), (9871, 129, True, False),
+        (9869, 131, True, True), (0, 0, False, False), (99, 1, False, False),
+        (98, 1, False, True), (9899, 101, False, True),
+    ],
+)  # fmt: skip
+def test_stops_above_the_fraction(num_good, num_bad, so_far, stops):
+    bad = tally.of_shards(dropped("a", count=num_bad))
     if stops:
-        with pytest.raises(UserError, match=f"{num_bad} of {num_kept + num_bad} samples are bad"):
-            tally.check(counted, 0.01)
+        told = f"{num_bad} of {num_good + num_bad:,} samples cannot be used, more than data.max_bad"
+        with pytest.raises(UserError, match=told):
+            check(num_good, num_bad, bad, so_far=so_far)
     else:
-        tally.check(counted, 0.01)
-
-
-def test_filtered_samples_are_not_bad():
-    tally.check(tally.add(tally.EMPTY, 0, dropped("a", count=999, filtered=True)), 0.0)
+        check(num_good, num_bad, bad, so_far=so_far)
 
 
 def test_the_worst_shards_are_named_with_their_reasons():
-    counted = tally.EMPTY
+    bad = collections.Counter()
     for number in range(9):
-        counted = tally.add(counted, 0, dropped(f"shard-{number}", count=number + 1))
-    counted = tally.add(counted, 0, dropped("shard-3", "missing caption", 20))
+        bad += tally.of_shards(dropped(f"shard-{number}", count=number + 1))
+    bad += tally.of_shards(dropped("shard-3", "missing caption", 20))
     with pytest.raises(UserError) as caught:
-        tally.check(counted, 0.01)
+        check(0, 65, bad)
     assert (
         "the worst shards are shard-3 (20 missing caption, 4 damaged picture); "
         "shard-8 (9 damaged picture); shard-7 (8 damaged picture); shard-6 (7 damaged picture); "
         "shard-5 (6 damaged picture): mend"
     ) in str(caught.value)
+
+
+def test_a_host_that_saw_none_of_them_says_so():
+    with pytest.raises(UserError, match="the worst shards are known to other hosts: mend"):
+        check(0, 65, collections.Counter())
