@@ -3,8 +3,8 @@
 All runs share one persistent compilation cache, so the train step is compiled once.
 """
 
+import importlib
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -14,76 +14,21 @@ import sys
 import time
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from safetensors import numpy as safetensors
 
 from slam_jax.weights import pretrained
 
-ROOT = pathlib.Path(__file__).parents[1]
-NUM_STEPS = 12
-SAVE_EVERY = 2
+sys.path.append(str(pathlib.Path(__file__).parent))
+labs = importlib.import_module("lab")
+NUM_STEPS, SAVE_EVERY = labs.NUM_STEPS, labs.SAVE_EVERY
 WEIGHTS = pathlib.Path("unet") / "diffusion_pytorch_model.safetensors"
-
-# Importing any of these fails in the runs, as where they are not installed.
-BLOCKER = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "diffusers", "transformers"):
-            raise ImportError(name + " is blocked in this test")
-
-sys.meta_path.insert(0, Blocker())
-"""
-
-
-class Lab:
-    """Runs the program in a folder of its own, where the teacher is ./model."""
-
-    def __init__(self, folder: pathlib.Path, model: pathlib.Path):
-        self.folder = folder
-        self.environment = {
-            **os.environ, "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "PYTHONPATH": os.pathsep.join([str(folder / "blocker"), str(ROOT)]),
-        }  # fmt: skip
-        (folder / "blocker").mkdir()
-        (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER)
-        (folder / "model").symlink_to(model)
-
-    def start(self, workdir: str, cwd: str = ".", **environment: str) -> subprocess.Popen:
-        settings = {
-            "teacher.model": "model", "num_steps": NUM_STEPS, "batch_size": 4, "accumulate": 2,
-            "student.gamma_dim": 8, "student.cond_proj": "random", "distill.length": 40,
-            "distill.stride": 20,
-            "optimizer.learning_rate": 1e-2, "data.num_threads": 1, "log.every_steps": 1,
-            "checkpoint.every_steps": SAVE_EVERY, "eval.every_steps": 5, "eval.teacher_steps": 2,
-            "eval.student_steps": 2, "eval.judge": "", "faults.max_skips": 1,
-            "eval.prompts": ("a circle", "a square"),
-        }  # fmt: skip
-        return subprocess.Popen(
-            [
-                sys.executable, "-m", "slam_jax.main", "--config", str(ROOT / "configs/tiny.py"),
-                "--workdir", str(self.folder / workdir),
-                *(f"--config.{name}={value}" for name, value in settings.items()),
-            ],
-            cwd=self.folder / cwd, env=self.environment | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-
-    def finish(self, workdir: str, cwd: str = ".", **environment: str) -> tuple[int, str, str]:
-        process = self.start(workdir, cwd, **environment)
-        out, err = process.communicate()
-        return process.returncode, out, err
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny_folder):
-    return Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
+    return labs.Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +40,6 @@ def straight(lab):
     )  # fmt: skip
     assert status == 0, err
     return lab.folder / "straight", err
-
-
-def _lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def _numbers(workdir):
-    """All that was logged, but for the speed."""
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in _lines(workdir)]
-
-
-def _saved(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-
-
-def _state(workdir):
-    manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
-    found = manager.restore(NUM_STEPS, args=ocp.args.StandardRestore())
-    manager.close()
-    return found
 
 
 def test_the_runs_cannot_import_torch(lab):
@@ -129,8 +54,8 @@ def test_run_folder_is_complete(straight):
     config = json.loads((workdir / "config.json").read_text())
     assert config["distill"]["length"] == 40 and config["optimizer"]["b1"] == 0.9
     assert len((workdir / "revision.txt").read_text().splitlines()) == 1
-    assert _saved(workdir) == [NUM_STEPS - SAVE_EVERY, NUM_STEPS]
-    lines = _lines(workdir)
+    assert labs.saved(workdir) == [NUM_STEPS - SAVE_EVERY, NUM_STEPS]
+    lines = labs.lines(workdir)
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     assert all(
         line.keys() == {
@@ -162,7 +87,7 @@ def test_bar_shows_compiling_and_training(straight):
 def test_student_folder_holds_the_target(straight, tiny_folder):
     workdir, _ = straight
     student, teacher = pretrained.read(workdir / "student"), pretrained.read(tiny_folder)
-    target = _state(workdir)["target"]
+    target = labs.state(workdir)["target"]
     np.testing.assert_array_equal(
         student.unet.params["conv_in"]["kernel"], target["conv_in"]["kernel"]
     )
@@ -207,30 +132,13 @@ def test_killed_at_any_moment_and_resumed_is_bit_identical(lab, straight):
     status, _, err = lab.finish("killed")
     assert status == 0, err
 
-    expected, found = (dict(_flat(_state(folder))) for folder in (straight[0], workdir))
+    expected, found = (dict(labs.flat(labs.state(folder))) for folder in (straight[0], workdir))
     assert expected.keys() == found.keys() and len(found) > 100
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    assert _numbers(workdir) == _numbers(straight[0])
-    assert _files(workdir / "student") == _files(straight[0] / "student")
-    assert _files(workdir / "samples") == _files(straight[0] / "samples")
-
-
-def _flat(tree, path=""):
-    if isinstance(tree, dict | list | tuple):
-        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        for key, value in pairs:
-            yield from _flat(value, f"{path}/{key}")
-    elif tree is not None:
-        yield path, np.asarray(tree)
-
-
-def _files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name.startswith(("step_", "diffusion", "model", "scheduler"))
-    }
+    assert labs.numbers(workdir) == labs.numbers(straight[0])
+    assert labs.files(workdir / "student") == labs.files(straight[0] / "student")
+    assert labs.files(workdir / "samples") == labs.files(straight[0] / "samples")
 
 
 def test_losses_that_stay_nan_stop_the_run_and_keep_the_checkpoint(lab, straight, tiny_folder):
@@ -249,13 +157,13 @@ def test_losses_that_stay_nan_stop_the_run_and_keep_the_checkpoint(lab, straight
     assert f"step {saved + 1}: the update was dropped, since the loss is nan" in err
     assert last.startswith(f"error: step {saved + 2}: 2 updates within 1000 steps were drop"), err
     assert "Traceback" not in err
-    assert _saved(workdir) == [saved]
+    assert labs.saved(workdir) == [saved]
     # It went back once, and on with the data that come after those of the two steps.
     rollbacks = (workdir / "rollbacks.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in rollbacks] == [
         {"step": saved + 2, "back_to": saved, "offset": 2}
     ]
-    lines = _lines(workdir)
+    lines = labs.lines(workdir)
     assert [line["step"] for line in lines] == list(range(1, saved + 3))
     assert [line["skipped_updates"] for line in lines] == [0] * saved + [1, 1]
     assert all("loss" not in line for line in lines[saved:])

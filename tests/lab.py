@@ -1,0 +1,132 @@
+"""Runs the program as a user does, on a random model, in a folder of its own."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = pathlib.Path(__file__).parents[1]
+NUM_STEPS = 12
+SAVE_EVERY = 2
+
+# Importing any of these fails in the runs, as where they are not installed.
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "diffusers", "transformers"):
+            raise ImportError(name + " is blocked in this test")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+class Lab:
+    """Runs the program in a folder of its own, where the teacher is ./model."""
+
+    def __init__(self, folder: pathlib.Path, model: pathlib.Path):
+        self.folder = folder
+        self.environment = {
+            **os.environ, "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "PYTHONPATH": os.pathsep.join([str(folder / "blocker"), str(ROOT)]),
+        }  # fmt: skip
+        (folder / "blocker").mkdir()
+        (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER)
+        (folder / "model").symlink_to(model)
+
+    def start(
+        self, workdir: str, cwd: str = ".", *flags: str, **environment: str
+    ) -> subprocess.Popen:
+        """flags: further ones of the program, which win over those that are always given."""
+        settings = {
+            "teacher.model": "model", "num_steps": NUM_STEPS, "batch_size": 4, "accumulate": 2,
+            "student.gamma_dim": 8, "student.cond_proj": "random", "distill.length": 40,
+            "distill.stride": 20,
+            "optimizer.learning_rate": 1e-2, "data.num_threads": 1, "log.every_steps": 1,
+            "checkpoint.every_steps": SAVE_EVERY, "eval.every_steps": 5, "eval.teacher_steps": 2,
+            "eval.student_steps": 2, "eval.judge": "", "faults.max_skips": 1,
+            "eval.prompts": ("a circle", "a square"),
+        }  # fmt: skip
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "slam_jax.main", "--config", str(ROOT / "configs/tiny.py"),
+                "--workdir", str(self.folder / workdir),
+                *(f"--config.{name}={value}" for name, value in settings.items()), *flags,
+            ],
+            cwd=self.folder / cwd, env=self.environment | environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def finish(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr) of what `start` starts."""
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate()
+        return process.returncode, out, err
+
+    def start_hosts(self, workdir: str, *flags: str, num: int = 2) -> list[subprocess.Popen]:
+        """That many processes of one job, with two devices between them."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        job = (f"--coordinator=localhost:{port}", f"--num_processes={num}")
+        return [
+            self.start(
+                workdir, ".", *job, f"--process_id={process}", *flags,
+                JAX_NUM_CPU_DEVICES=str(2 // num),
+            )
+            for process in range(num)
+        ]  # fmt: skip
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    """Of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(workdir: pathlib.Path) -> list[dict]:
+    """All that was logged, but for the speed."""
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(workdir)]
+
+
+def saved(workdir: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def state(workdir: pathlib.Path) -> dict:
+    """What the checkpoint of the last step holds, as numpy arrays, whatever devices wrote it."""
+    path = (workdir / "checkpoints" / str(NUM_STEPS) / "default").absolute()
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def flat(tree, path="") -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of every leaf."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in pairs:
+            yield from flat(value, f"{path}/{key}")
+    elif tree is not None:
+        yield path, np.asarray(tree)
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+    """Pictures, weights and schedulers below the folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name.startswith(("step_", "diffusion", "model", "scheduler"))
+    }
