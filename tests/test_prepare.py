@@ -20,6 +20,7 @@ from slam_jax.errors import UserError
 from slam_jax.runtime import hosts
 from slam_jax.weights import fingerprint, pretrained, translate
 
+ROOT = pathlib.Path(__file__).parents[1]
 NUM = 22
 # Of the pictures below.
 BAD = {"damaged picture": 1, "missing caption": 1, "no picture in a known format": 1}
@@ -148,10 +149,20 @@ def test_two_hosts_make_what_one_makes(finished, photos, tiny_folder, tmp_path, 
     assert _files(tmp_path / "c") == _files(finished)
 
 
+def test_the_launcher_makes_it_on_two_hosts(finished, photos, tiny_folder, tmp_path):
+    done = subprocess.run(
+        [ROOT / "launch/local.sh", "2", f"--out={tmp_path / 'c'}", *_options(photos, tiny_folder)],
+        env={**os.environ, "MODULE": "slam_jax.prepare", "PYTHON": sys.executable},
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "kept 15 of 22 pictures" in done.stdout
+    assert _files(tmp_path / "c") == _files(finished)
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos, tiny_folder, tmp_path):
     random = np.random.default_rng(0).integers(2, 9, 5)
     moments = [str(m) for m in random] + ["00000-of-00003.array_record", manifest.MANIFEST]
-    root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(
         [
             sys.executable, pathlib.Path(__file__).with_name("killed_prepare.py"),
