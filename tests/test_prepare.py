@@ -169,8 +169,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(photos, tiny_folder, 
             tmp_path / "whole", tmp_path / "killed", ",".join(moments),
             *_options(photos, tiny_folder),
         ],
-        timeout=100, capture_output=True, text=True, cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        timeout=100, capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     whole = _files(tmp_path / "whole")
