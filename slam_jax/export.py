@@ -12,14 +12,15 @@ import json
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from slam_jax import command, experiment, settings, students
 from slam_jax.errors import UserError
-from slam_jax.runtime import checkpoint, folder
+from slam_jax.runtime import bucket, checkpoint, folder
 from slam_jax.weights import card, lora, lora_svd, pretrained, single_file
 from slam_jax.weights import student as student_folder
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, here or gs://BUCKET/FOLDER.")
 _FORMAT = flags.DEFINE_enum(
     "format", "diffusers", ("diffusers", "diffusers-folded", "single-file", "lora"),
     "What to write.",
@@ -44,8 +45,9 @@ _STATE = {"ema": "target", "online": "student"}
 
 
 def main() -> None:
-    workdir, out = Path(_WORKDIR.value), Path(_OUT.value)
+    out = Path(_OUT.value)
     _check_out(out, _FORMAT.value, _OVERWRITE.value)
+    workdir = bucket.reached("workdir", _WORKDIR.value)
     config = _read_settings(workdir)
     _check_rank(config.student.lora.rank, _FORMAT.value, _EXTRACT_LORA.value)
     teacher = pretrained.load(experiment.teacher(config))
@@ -83,7 +85,7 @@ def _check_out(out: Path, form: str, overwrite: bool) -> None:
     folder.check_writable(out.absolute().parent)
 
 
-def _read_settings(workdir: Path) -> settings.Settings:
+def _read_settings(workdir: epath.Path) -> settings.Settings:
     path = workdir / folder.CONFIG
     try:
         values = json.loads(path.read_text())
@@ -107,7 +109,7 @@ def _check_rank(trained_rank: int, form: str, extracted_rank: int | None) -> Non
 
 
 def _read_trained(
-    workdir: Path, teacher: pretrained.Component, config: settings.Settings, part: str
+    workdir: epath.Path, teacher: pretrained.Component, config: settings.Settings, part: str
 ) -> tuple[int, pretrained.Component]:
     """(step, what was trained) of the last checkpoint; `part` of the state holds it."""
     checkpoints = workdir / "checkpoints"

@@ -34,6 +34,7 @@ class Run(NamedTuple):
     total: Callable[[np.ndarray], jax.Array]  # a host's counts -> those of all hosts
     draw: Callable[[Any], np.ndarray]  # target -> images [prompts, 2, H, W, 3]
     checkpoints: ocp.CheckpointManager
+    push: Callable[[], None]  # copies the files of workdir to where they are kept, if not there
     progress: log.Progress
 
 
@@ -79,7 +80,7 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
                 "at the data, and run again"
             )
         run.checkpoints.wait_until_finished()
-        done = checkpoint.latest(run.workdir / "checkpoints") or 0
+        done = checkpoint.latest(run.checkpoints.directory) or 0
         happened.append(Rollback(failed, done, offset + failed - done))
         _write_rollbacks(run.workdir, happened)
         log.say(run.progress, f"{message}: back to step {done}, and on with other data")
@@ -125,13 +126,18 @@ def _steps(run: Run, now: TrainState, done: int, offset: int) -> TrainState:
             if draws:
                 with log.phase(run.progress, "drawing samples"):
                     _write_samples(journal, run.workdir, number, run.draw(now.target))
-            # After metrics and samples: whatever precedes a checkpoint is never missing.
             if saves:
-                checkpoint.save(run.checkpoints, number, now)
+                _save(run, number, now)
             if told:
                 run.checkpoints.wait_until_finished()
                 raise Preempted(f"told to end: saved after step {number}; the same command goes on")
     return now
+
+
+def _save(run: Run, number: int, now: TrainState) -> None:
+    """After metrics and samples, and copying them: what precedes a checkpoint is never missing."""
+    run.push()
+    checkpoint.save(run.checkpoints, number, now)
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ def _kept(
     except UserError:
         if not (alone and peers.known()) and number not in {0, *run.checkpoints.all_steps()}:
             _record_all(journal, run.settings, history, leave=0)
-            checkpoint.save(run.checkpoints, number, now)
+            _save(run, number, now)
         raise
 
 

@@ -3,17 +3,17 @@
 Any value of the config can be overridden: --config.distill.w=7
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import config_flags
 
 from slam_jax import command, settings, train
 from slam_jax.errors import UserError
-from slam_jax.runtime import hosts
+from slam_jax.runtime import bucket, hosts
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run folder; the same again resumes the run.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder, here or gs://BUCKET/FOLDER; the same again resumes the run."
+)
 _HOSTS = command.hosts_flags()
 
 
@@ -25,7 +25,8 @@ def main() -> None:
         raise UserError(f"--config: {command.one_line(error)}") from None
     chosen = settings.from_config(config)
     hosts.start(*_HOSTS(), timeout_s=chosen.faults.timeout_s, saves_on_sigterm=True)
-    train.train(chosen, Path(_WORKDIR.value))
+    with bucket.mirrored(_WORKDIR.value) as where:
+        train.train(chosen, where)
 
 
 if __name__ == "__main__":

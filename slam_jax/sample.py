@@ -24,13 +24,14 @@ from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import unet
-from slam_jax.runtime import folder, images, log, mesh
+from slam_jax.runtime import bucket, folder, images, log, mesh
 from slam_jax.shapes import PRNGKey
 from slam_jax.weights import hub, lora, pretrained
 
 _MODEL = flags.DEFINE_string(
     "model", None,
-    "Model folder in diffusers' layout, ORG/NAME on the Hugging Face hub, or a single file.",
+    "Model folder in diffusers' layout, here or gs://BUCKET/FOLDER, ORG/NAME on the Hugging Face "
+    "hub, or a single file.",
 )  # fmt: skip
 _REVISION = flags.DEFINE_string("revision", "", "Branch, tag or commit on the hub.")
 _VARIANT = flags.DEFINE_string("variant", "", "fp16 for files *.fp16.safetensors.")
@@ -74,8 +75,12 @@ def main() -> None:
         raise UserError(f"--out {out} must end in .png or .npy, or name a folder")
     folder.check_writable(out if out.suffix == "" else out.parent)
     prompts = _read_prompts(_PROMPT.value, _PROMPTS.value)
-    given = (_MODEL, _REVISION, _VARIANT, _CONFIG)
-    model = pretrained.load(hub.find(*(flag.value for flag in given)))
+    with bucket.copied("model", _MODEL.value) as name:
+        _sample(name, prompts, out)
+
+
+def _sample(model_name: str, prompts: list[str], out: Path) -> None:
+    model = pretrained.load(hub.find(model_name, _REVISION.value, _VARIANT.value, _CONFIG.value))
     for path, scale in map(_file_and_scale, _LORA.value):
         model = lora.apply(model, path, scale)
     is_student = students.is_student(model)

@@ -12,18 +12,19 @@ from slam_jax import command, evaluate, experiment, loop, pipeline, program
 from slam_jax.data import text_inputs
 from slam_jax.distill import state
 from slam_jax.errors import UserError
-from slam_jax.runtime import checkpoint, folder, hosts, log, mesh
+from slam_jax.runtime import bucket, checkpoint, folder, hosts, log, mesh
 from slam_jax.settings import FREE, Settings, as_dict
 from slam_jax.weights import lora as lora_file
 from slam_jax.weights import pretrained, translate
 from slam_jax.weights import student as student_folder
 
 
-def train(settings: Settings, workdir: Path) -> None:
-    """Trains until settings.num_steps, from the last checkpoint in workdir if there is one."""
+def train(settings: Settings, where: bucket.Mirror) -> None:
+    """Trains until settings.num_steps, from the last checkpoint if there is one."""
+    workdir = where.local
     # What a user may have got wrong comes first, before any work on a device.
     folder.check_writable(workdir)
-    done = _steps_done(settings, workdir)
+    done = _steps_done(settings, where)
     mesh.check_rules(**settings.mesh._asdict())
     if settings.eval.judge:
         evaluate.judge_params(settings)
@@ -31,7 +32,7 @@ def train(settings: Settings, workdir: Path) -> None:
     tokens = text_inputs.read(found.tokenizer, found.tokenizer_2)
     examples = experiment.examples(settings, found, tokens)
     parts = program.parts(settings, found)
-    hosts.check_shared(workdir)
+    hosts.check_shared(where.checkpoints.parent)
     devices = mesh.make(settings.mesh.axes)
     mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     dataset = experiment.dataset(settings, examples, hosts.part())
@@ -47,7 +48,7 @@ def train(settings: Settings, workdir: Path) -> None:
             teacher = pretrained.load(found, place=lambda path, x: place(path, at_rest(path, x)))
             frozen = _frozen(settings, teacher, tokens, built.replicated)
             draw = _drawer(settings, teacher, frozen, tokens, parts, built, samples_key)
-            checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
+            checkpoints = checkpoint.manager(where.checkpoints, settings.checkpoint.keep)
 
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
         train_step = built.step
@@ -67,7 +68,8 @@ def train(settings: Settings, workdir: Path) -> None:
             run = loop.Run(
                 settings, workdir, dataset,
                 step=lambda now, arrays: train_step(now, frozen, put(arrays), train_key),
-                total=mesh.total(devices), draw=draw, checkpoints=checkpoints, progress=progress,
+                total=mesh.total(devices), draw=draw, checkpoints=checkpoints, push=where.push,
+                progress=progress,
             )  # fmt: skip
             now = loop.to_the_end(run, restored, done)
 
@@ -77,20 +79,21 @@ def train(settings: Settings, workdir: Path) -> None:
             if not hosts.is_first():
                 return
             student = _write_student(settings, workdir, found, unet)
+            where.push()
         with log.phase(progress, "evaluating"):
             table = evaluate.report(workdir, found, student, settings)
-    print(table)
+    print(table.replace(str(workdir), where.name))
 
 
-def _steps_done(settings: Settings, workdir: Path) -> int:
+def _steps_done(settings: Settings, where: bucket.Mirror) -> int:
     """The step to go on from; 0 for a new run. UserError if the settings do not fit the run's."""
-    done = checkpoint.latest(workdir / "checkpoints")
+    done = checkpoint.latest(where.checkpoints)
     if done is None:
         return 0
-    folder.check_same(workdir, as_dict(settings), FREE)
+    folder.check_same(where.local, as_dict(settings), FREE)
     if done > settings.num_steps:
         raise UserError(
-            f"{workdir} has been trained for {done} steps, more than num_steps "
+            f"{where.name} has been trained for {done} steps, more than num_steps "
             f"{settings.num_steps}; raise it or choose another --workdir"
         )
     return done

@@ -16,7 +16,7 @@ from PIL import Image
 
 from slam_jax import settings, train
 from slam_jax.errors import UserError
-from slam_jax.runtime import checkpoint
+from slam_jax.runtime import bucket, checkpoint
 from slam_jax.weights import pretrained
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -48,7 +48,10 @@ def compiled_in_haste():
 
 def test_sdxl_is_distilled(tiny_sdxl_folder, tmp_path, compiled_in_haste):
     # In memory the teacher is in half precision; what is shipped with the student is not.
-    train.train(tiny_settings(tiny_sdxl_folder, {"teacher.dtype": "bfloat16"}), tmp_path / "run")
+    train.train(
+        tiny_settings(tiny_sdxl_folder, {"teacher.dtype": "bfloat16"}),
+        bucket.here(tmp_path / "run"),
+    )
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
@@ -105,11 +108,13 @@ def test_bad_pictures_are_replaced_listed_and_at_last_too_many(
 
     # 5 of the first 1,000 may be bad, 11 by chance; an epoch of 15 steps has more.
     with pytest.raises(UserError, match=r"13 of 61 samples .*pictures \(13 empty picture file\)"):
-        train.train(tiny_settings(tiny_folder, changes), workdir)
+        train.train(tiny_settings(tiny_folder, changes), bucket.here(workdir))
     done = checkpoint.latest(workdir / "checkpoints")
     assert done > 2 and lines("metrics.jsonl")[-1]["step"] == done
 
-    train.train(tiny_settings(tiny_folder, changes | {"data.max_bad_fraction": 0.9}), workdir)
+    train.train(
+        tiny_settings(tiny_folder, changes | {"data.max_bad_fraction": 0.9}), bucket.here(workdir)
+    )
     told = lines("metrics.jsonl")
     assert [line["step"] for line in told] == list(range(1, 31))
     bad = lines("bad_samples.jsonl")
@@ -154,7 +159,7 @@ def test_training_from_a_cache_equals_training_from_the_pictures(
     for name in (source, str(tmp_path / "cache")):
         workdir = tmp_path / f"run_{len(losses)}"
         changes = {"num_steps": 3, "eval.every_steps": 3, "data.source": name}
-        train.train(tiny_settings(tiny_folder, changes), workdir)
+        train.train(tiny_settings(tiny_folder, changes), bucket.here(workdir))
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)

@@ -17,6 +17,8 @@ REVISION = "revision.txt"
 
 def check_writable(workdir: Path) -> None:
     """Makes the folder and a file in it, which is removed again; UserError if that fails."""
+    if "gs:" in workdir.parts:
+        raise UserError(f"cannot write to {workdir}: give a folder on this machine, and copy it")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):

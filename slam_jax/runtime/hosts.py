@@ -12,10 +12,10 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from etils import epath
 from jax._src import clusters
 from jax.experimental import multihost_utils
 
@@ -99,18 +99,19 @@ def start(
     peers.start(job.process_id, timeout_s)
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: epath.PathLike) -> None:
     """UserError if this process does not see what the first one writes there; all must call it."""
     if not peers.known():
         return
     name = peers.agreed("shared_folder", lambda: f".shared-{uuid.uuid4().hex}")
+    shared = epath.Path(folder) / name
     if is_first():
-        (folder / name).touch()
+        shared.touch()
     peers.wait_for_all("written")
-    missing = not (folder / name).exists()
+    missing = not shared.exists()
     peers.wait_for_all("seen")
     if is_first():
-        (folder / name).unlink()
+        shared.unlink()
     if missing:
         raise UserError(
             f"{folder} on {socket.gethostname()} is not the first host's folder of that name; "
