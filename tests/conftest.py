@@ -3,8 +3,10 @@
 Four fake CPU devices; slam_jax's shape annotations are checked at every call.
 """
 
+import importlib
 import json
 import os
+import sys
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +22,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def cloud():
+    """A Cloud Storage with gs://bucket, for this process and those it starts (gcs_server.py)."""
+    sys.path.insert(0, os.path.dirname(__file__))
+    gcs_server = importlib.import_module("gcs_server")
+    with gcs_server.running() as running, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", running.url)  # of Google's own library and gcsfs
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", running.url)
+        # Or gcsfs asks for the kind of the bucket by gRPC.
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        yield running
 
 
 # As few blocks as have everything: a transformer between two resolutions.

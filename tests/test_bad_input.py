@@ -172,6 +172,7 @@ def _folders(
     }
     cases = {name: ([f"--config.teacher.model={folder / name}"], said[name]) for name in said}
     cases["workdir"] = ([f"--workdir={folder}/file/run"], "file/run.*Not a directory.*--workdir")
+    cases["workdir_url"] = (["--workdir=s3://b/run"], "s3://b/run is neither gs://BUCKET/FOLDER")
     started = folder / "started"
     (started / "checkpoints" / "5").mkdir(parents=True)
     (started / "config.json").write_text('{"seed": 1}')
@@ -188,6 +189,8 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
         "sample_no_prompt": (known, "one of --prompt and --prompts"),
         "sample_no_file": ([*known, "--prompts=/no/file"], "cannot read --prompts /no/file"),
         "sample_folder": (["--model=/no/such", known[1], prompt], "no folder /no/such"),
+        "sample_url": (["--model=gs://", known[1], prompt], "--model gs:// is neither gs://BUCKET"),
+        "sample_to_url": ([known[0], "--out=gs://b/c.png", prompt], "cannot write to gs:/b: give"),
         "sample_hub": (["--model=no/such", known[1], prompt], "no/such.*HF_HUB_OFFLINE"),
         "sample_revision": ([*known, prompt, "--revision=v1"], "revision 'v1' is for models"),
         "sample_noise": ([*known, prompt, "--noise=/no.npy"], "cannot read --noise /no.npy"),
@@ -208,6 +211,8 @@ def _export_cases(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     known = [f"--workdir={run}", out]
     return {
         "export_no_run": ([f"--workdir={folder}/none", out], "cannot read .*none/config.json"),
+        "export_url": (["--workdir=gs://", out], "--workdir gs:// is neither gs://BUCKET/FOLDER"),
+        "export_to_url": ([known[0], "--out=gs://b/c"], "cannot write to .*gs:/b: give a folder"),
         "export_no_checkpoint": (known, "holds no checkpoint yet"),
         "export_exists": ([known[0], f"--out={folder}"], "exists; give another, or --overwrite"),
         "export_name": ([*known, "--format=single-file"], "single-file writes a File.safetensors"),
