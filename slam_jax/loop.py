@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,8 +79,7 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
                 f"{message}; the last checkpoint is kept: lower optimizer.learning_rate, or look "
                 "at the data, and run again"
             )
-        run.checkpoints.wait_until_finished()
-        done = checkpoint.latest(run.workdir / "checkpoints") or 0
+        done = checkpoint.back(run.checkpoints, partial(log.say, run.progress)) or 0
         happened.append(Rollback(failed, done, offset + failed - done))
         _write_rollbacks(run.workdir, happened)
         log.say(run.progress, f"{message}: back to step {done}, and on with other data")
@@ -126,10 +126,13 @@ def _steps(run: Run, now: TrainState, done: int, offset: int) -> TrainState:
                 with log.phase(run.progress, "drawing samples"):
                     _write_samples(journal, run.workdir, number, run.draw(now.target))
             # After metrics and samples: whatever precedes a checkpoint is never missing.
-            if saves:
-                checkpoint.save(run.checkpoints, number, now)
+            if last or told:
+                checkpoint.save_last(run.checkpoints, number, now)
+            elif saves:
+                checkpoint.save(run.checkpoints, number, now, partial(log.say, run.progress))
+            else:
+                checkpoint.check(run.checkpoints, partial(log.say, run.progress))
             if told:
-                run.checkpoints.wait_until_finished()
                 raise Preempted(f"told to end: saved after step {number}; the same command goes on")
     return now
 
@@ -164,7 +167,7 @@ def _kept(
     except UserError:
         if not (alone and peers.known()) and number not in {0, *run.checkpoints.all_steps()}:
             _record_all(journal, run.settings, history, leave=0)
-            checkpoint.save(run.checkpoints, number, now)
+            checkpoint.save(run.checkpoints, number, now, partial(log.say, run.progress))
         raise
 
 

@@ -1,6 +1,5 @@
 """Wires teacher, data, loss and devices together, and runs the loop."""
 
-import contextlib
 import functools
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,9 @@ def train(settings: Settings, workdir: Path) -> None:
             teacher = pretrained.load(found, place=lambda path, x: place(path, at_rest(path, x)))
             frozen = _frozen(settings, teacher, tokens, built.replicated)
             draw = _drawer(settings, teacher, frozen, tokens, parts, built, samples_key)
-            checkpoints = checkpoint.manager(workdir / "checkpoints", settings.checkpoint.keep)
+            checkpoints = checkpoint.manager(
+                workdir / "checkpoints", settings.checkpoint.keep, settings.checkpoint.keep_every
+            )
 
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
         train_step = built.step
@@ -63,7 +64,7 @@ def train(settings: Settings, workdir: Path) -> None:
             params = translate.load(unread, dtype=np.float32, place=place)["student"]
             return jax.jit(built.first, out_shardings=built.layout)(params)
 
-        with contextlib.closing(checkpoints):
+        with checkpoint.closing(checkpoints, partial(log.say, progress)):
             run = loop.Run(
                 settings, workdir, dataset,
                 step=lambda now, arrays: train_step(now, frozen, put(arrays), train_key),
@@ -84,10 +85,11 @@ def train(settings: Settings, workdir: Path) -> None:
 
 def _steps_done(settings: Settings, workdir: Path) -> int:
     """The step to go on from; 0 for a new run. UserError if the settings do not fit the run's."""
-    done = checkpoint.latest(workdir / "checkpoints")
-    if done is None:
-        return 0
-    folder.check_same(workdir, as_dict(settings), FREE)
+    checkpoints = workdir / "checkpoints"
+    if checkpoint.latest(checkpoints) is not None:
+        folder.check_same(workdir, as_dict(settings), FREE)
+    # Before the log is opened, which then goes on from the step that is found.
+    done = checkpoint.newest(checkpoints, command.warn) or 0
     if done > settings.num_steps:
         raise UserError(
             f"{workdir} has been trained for {done} steps, more than num_steps "
