@@ -56,6 +56,9 @@ def manager(folder: os.PathLike | str, keep: int, keep_every: int) -> ocp.Checkp
             # On the first host alone, in the thread that writes.
             post_finalization_callback=partial(_write_checksums, folder),
             barrier_sync_fn=votes.barrier() if peers.known() else None,
+            # Made by a thread, a folder that cannot be made has other threads wait for it: the
+            # process would not end for minutes.
+            create_directories_asynchronously=False,
         ),
     )  # fmt: skip
     return ocp.CheckpointManager(folder, options=options)
