@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
             num_images=256,
         )
     )
-    config.checkpoint = ConfigDict(dict(every_steps=200, keep=2))
+    config.checkpoint = ConfigDict(dict(every_steps=200, keep=2, keep_every=0))
     config.faults = ConfigDict(
         dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1, timeout_s=600)
     )

@@ -73,8 +73,9 @@ def underscored(argument: str) -> str:
 def _guarded(
     main: Callable[[], None], leave: Callable[[int], None] | None, _argv: list[str]
 ) -> int:
-    # Orbax tells of every file it writes.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax tells of every file it writes, and of every error with its whole stack, though it
+    # raises it too.
+    logging.set_verbosity(logging.FATAL)
     status = 0
     try:
         main()
@@ -94,10 +95,12 @@ def warn_of_cut(prompts: list[str], cut: list[str], length: int) -> None:
     """One line on stderr for every prompt of which the end `cut` did not fit in `length` tokens."""
     for prompt, lost in zip(prompts, cut, strict=True):
         if lost:
-            print(
-                f"warning: prompt {prompt[:40]!r}... has more than {length} tokens; "
-                f"left out: {lost!r}", file=sys.stderr,
-            )  # fmt: skip
+            warn(f"prompt {prompt[:40]!r}... has more than {length} tokens; left out: {lost!r}")
+
+
+def warn(message: str) -> None:
+    """A line on stderr."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _complain(message: str, status: int) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +80,7 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
                 f"{message}; the last checkpoint is kept: lower optimizer.learning_rate, or look "
                 "at the data, and run again"
             )
-        run.checkpoints.wait_until_finished()
-        done = checkpoint.latest(run.checkpoints.directory) or 0
+        done = checkpoint.back(run.checkpoints, partial(log.say, run.progress)) or 0
         happened.append(Rollback(failed, done, offset + failed - done))
         _write_rollbacks(run.workdir, happened)
         log.say(run.progress, f"{message}: back to step {done}, and on with other data")
@@ -127,17 +127,21 @@ def _steps(run: Run, now: TrainState, done: int, offset: int) -> TrainState:
                 with log.phase(run.progress, "drawing samples"):
                     _write_samples(journal, run.workdir, number, run.draw(now.target))
             if saves:
-                _save(run, number, now)
+                _save(run, number, now, waits=last or told)
+            else:
+                checkpoint.check(run.checkpoints, partial(log.say, run.progress))
             if told:
-                run.checkpoints.wait_until_finished()
                 raise Preempted(f"told to end: saved after step {number}; the same command goes on")
     return now
 
 
-def _save(run: Run, number: int, now: TrainState) -> None:
+def _save(run: Run, number: int, now: TrainState, *, waits: bool = False) -> None:
     """After metrics and samples, and copying them: what precedes a checkpoint is never missing."""
     run.push()
-    checkpoint.save(run.checkpoints, number, now)
+    if waits:
+        checkpoint.save_last(run.checkpoints, number, now)
+    else:
+        checkpoint.save(run.checkpoints, number, now, partial(log.say, run.progress))
 
 
 @contextlib.contextmanager

@@ -100,7 +100,8 @@ class Checkpoint(NamedTuple):
     """Saved states."""
 
     every_steps: int
-    keep: int
+    keep: int  # the last ones
+    keep_every: int  # and all whose step is a multiple of it; 0 for none
 
 
 class Log(NamedTuple):
@@ -151,7 +152,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "seed", "student.lora.rank", "data.num_threads", "data.num_workers", "faults.max_skips",
-    "faults.max_rollbacks",
+    "faults.max_rollbacks", "checkpoint.keep_every",
 )  # fmt: skip
 _STRINGS = ("eval.prompts", "student.lora.targets", "data.crop", "data.filters")
 

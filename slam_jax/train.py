@@ -1,6 +1,5 @@
 """Wires teacher, data, loss and devices together, and runs the loop."""
 
-import contextlib
 import functools
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,9 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
             teacher = pretrained.load(found, place=lambda path, x: place(path, at_rest(path, x)))
             frozen = _frozen(settings, teacher, tokens, built.replicated)
             draw = _drawer(settings, teacher, frozen, tokens, parts, built, samples_key)
-            checkpoints = checkpoint.manager(where.checkpoints, settings.checkpoint.keep)
+            checkpoints = checkpoint.manager(
+                where.checkpoints, settings.checkpoint.keep, settings.checkpoint.keep_every
+            )
 
         put = partial(mesh.put_batch, accumulate=settings.accumulate, mesh=devices)
         train_step = built.step
@@ -64,7 +65,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
             params = translate.load(unread, dtype=np.float32, place=place)["student"]
             return jax.jit(built.first, out_shardings=built.layout)(params)
 
-        with contextlib.closing(checkpoints):
+        with checkpoint.closing(checkpoints, partial(log.say, progress)):
             run = loop.Run(
                 settings, workdir, dataset,
                 step=lambda now, arrays: train_step(now, frozen, put(arrays), train_key),
@@ -87,10 +88,10 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
 
 def _steps_done(settings: Settings, where: bucket.Mirror) -> int:
     """The step to go on from; 0 for a new run. UserError if the settings do not fit the run's."""
-    done = checkpoint.latest(where.checkpoints)
-    if done is None:
-        return 0
-    folder.check_same(where.local, as_dict(settings), FREE)
+    if checkpoint.latest(where.checkpoints) is not None:
+        folder.check_same(where.local, as_dict(settings), FREE)
+    # Before the log is opened, which then goes on from the step that is found.
+    done = checkpoint.newest(where.checkpoints, command.warn) or 0
     if done > settings.num_steps:
         raise UserError(
             f"{where.name} has been trained for {done} steps, more than num_steps "

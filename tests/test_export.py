@@ -66,8 +66,8 @@ def _run_of(teacher_folder, workdir):
         for seed in (0, 1)
     ]
     start = state.init(trees[0], optax.adam(1e-3)).replace(target=trees[1])
-    with checkpoint.manager(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoint.save(checkpoints, 7, start)
+    with checkpoint.manager(workdir / "checkpoints", keep=1, keep_every=0) as checkpoints:
+        checkpoint.save_last(checkpoints, 7, start)
     return workdir, teacher, trees
 
 
@@ -150,8 +150,8 @@ def test_a_lora_run_is_exported_in_every_format(tiny_folder, noise, tmp_path, mo
     trained = experiment.student(settings.from_config(config), teacher.unet).params
     rng = np.random.default_rng(0)
     trained = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), trained)
-    with checkpoint.manager(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoint.save(checkpoints, 7, state.init(trained, optax.adam(1e-3)))
+    with checkpoint.manager(workdir / "checkpoints", keep=1, keep_every=0) as checkpoints:
+        checkpoint.save_last(checkpoints, 7, state.init(trained, optax.adam(1e-3)))
 
     run = (workdir,)
     _export(run, tmp_path / "lora", "--format=lora", "--dtype=float32")

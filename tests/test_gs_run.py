@@ -47,10 +47,10 @@ with bucket.mirrored("gs://bucket/hosts") as where:
     assert checkpoint.latest(where.checkpoints) is None
     (where.local / f"from_{number}").write_text("")
     where.push()
-    with checkpoint.manager(where.checkpoints, 1) as checkpoints:
+    checkpoints = checkpoint.manager(where.checkpoints, 1, 0)
+    with checkpoint.closing(checkpoints, print):
         for step in (1, 2):
-            checkpoint.save(checkpoints, step, state)
-            checkpoints.wait_until_finished()
+            checkpoint.save_last(checkpoints, step, state)
             # Each sees what the first one has completed since it looked last.
             assert checkpoint.latest(where.checkpoints) == step, step
         found = checkpoint.restore(checkpoints, 2, state)["a"].addressable_shards[0]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from slam_jax.runtime import checkpoint, mesh
 
@@ -20,8 +21,8 @@ def _shardings(state):
 
 def test_round_trip_is_exact_and_laid_out_as_asked(tmp_path):
     state = _state(1)
-    checkpoints = checkpoint.manager(tmp_path, keep=2)
-    checkpoint.save(checkpoints, 1, state)
+    checkpoints = checkpoint.manager(tmp_path, keep=2, keep_every=0)
+    checkpoint.save(checkpoints, 1, state, pytest.fail)
     checkpoints.wait_until_finished()
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -35,21 +36,30 @@ def test_round_trip_is_exact_and_laid_out_as_asked(tmp_path):
 
 
 def test_the_last_few_are_kept(tmp_path):
-    checkpoints = checkpoint.manager(tmp_path, keep=2)
+    checkpoints = checkpoint.manager(tmp_path, keep=2, keep_every=0)
     for step in (1, 2, 3):
-        checkpoint.save(checkpoints, step, _state(step))
+        checkpoint.save(checkpoints, step, _state(step), pytest.fail)
     checkpoints.wait_until_finished()
     assert sorted(checkpoints.all_steps()) == [2, 3]
     assert checkpoint.latest(tmp_path) == 3
     checkpoints.close()
 
 
+@pytest.mark.parametrize(("keep_every", "left"), [(0, [6, 7]), (3, [3, 6, 7]), (5, [5, 6, 7])])
+def test_the_last_few_and_every_mth_are_kept(tmp_path, keep_every, left):
+    checkpoints = checkpoint.manager(tmp_path, keep=2, keep_every=keep_every)
+    with checkpoint.closing(checkpoints, pytest.fail):
+        for step in range(1, 8):
+            checkpoint.save(checkpoints, step, _state(step), pytest.fail)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == left
+
+
 def test_a_half_written_save_is_not_seen(tmp_path):
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
     assert checkpoint.latest(tmp_path) is None
-    checkpoints = checkpoint.manager(tmp_path, keep=2)
+    checkpoints = checkpoint.manager(tmp_path, keep=2, keep_every=0)
     assert checkpoints.latest_step() is None
-    checkpoint.save(checkpoints, 8, _state(8))
+    checkpoint.save(checkpoints, 8, _state(8), pytest.fail)
     checkpoints.wait_until_finished()
     assert not list(tmp_path.glob("*tmp*"))
     checkpoints.close()
