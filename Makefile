@@ -1,10 +1,11 @@
 # make demo: distil the small teacher in assets/tiny_sd.  make test: run the tests.
-# Both set up .venv by themselves; only Python 3.11+ and make are needed.
+# make soak: spoil runs on purpose, many times over, and print what was lost.
+# All set up .venv by themselves; only Python 3.11+ and make are needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test soak clean
 
 # Two devices, so that XLA keeps two cores busy: a quarter faster than one (LOG.md).
 demo: .venv/run
@@ -12,6 +13,9 @@ demo: .venv/run
 
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+soak: .venv/test
+	$(BIN)/python -m pytest -m soak tests/test_soak.py
 
 clean:
 	rm -rf .venv runs

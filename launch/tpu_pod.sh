@@ -13,7 +13,7 @@ TPU=${TPU:?the name of the slice}
 ZONE=${ZONE:?its zone, such as us-central2-b}
 PROJECT=${PROJECT:-$(gcloud config get-value project)} # the Google Cloud project
 FOLDER=${FOLDER:-slam_jax}                             # the repository, on every host, below ~
-PYTHON=${PYTHON:-python3}                              # the interpreter with slam_jax installed there
+PYTHON=${PYTHON:-python3}                              # the interpreter with slam_jax[gcs] installed there
 MODULE=${MODULE:-slam_jax.main}                        # or slam_jax.prepare
 
 # Quoted once more, because a shell on every host reads it.

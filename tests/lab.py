@@ -104,9 +104,9 @@ def saved(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-def state(workdir: pathlib.Path) -> dict:
-    """What the checkpoint of the last step holds, as numpy arrays, whatever devices wrote it."""
-    path = (workdir / "checkpoints" / str(NUM_STEPS) / "default").absolute()
+def state(workdir: pathlib.Path, step: int = NUM_STEPS) -> dict:
+    """What the checkpoint of a step holds, as numpy arrays, whatever devices wrote it."""
+    path = (workdir / "checkpoints" / str(step) / "default").absolute()
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)

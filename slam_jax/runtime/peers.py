@@ -93,7 +93,8 @@ def wait_for_all(until: str) -> None:
 def step(number: int | None) -> None:
     """To be called when a step's batch is there, before anything waits for other processes.
 
-    From there to the next call must not take timeout_s. None: what comes now may.
+    From there to the next call must not take timeout_s. None: what comes now may, and others that
+    wait for it are patient.
     """
     _now.append(None if number is None else (number, time.monotonic()))
 
@@ -170,8 +171,13 @@ def _merged(seen: dict, beats: dict[int, _Beat], now: float) -> dict[int, tuple[
 
 def _watch(process_id: int, limit: float) -> None:
     """Thread: ends this process if the others, or what it hears of them, leave no other choice."""
+    free_until = 0.0  # others did until then what may take its time
     while not _stop.wait(_BEAT_S):
         heard, here, now = _heard[0], _now[0], time.monotonic()
+        if _any_is_free(heard):
+            free_until = now
+        if here is not None:
+            here = (here[0], max(here[1], free_until))
         if now - heard.at > limit:
             _end(f"process 0 at {distributed.global_state.coordinator_address}: {_silence(limit)}")
         if verdict := _verdict(heard, here, limit, now):
@@ -180,6 +186,11 @@ def _watch(process_id: int, limit: float) -> None:
                 # Where it hangs is what its user wants to know.
                 faulthandler.dump_traceback(sys.__stderr__)
             _end(message)
+
+
+def _any_is_free(heard: _Heard) -> bool:
+    """Whether some process is compiling, drawing or saving, for which all others wait."""
+    return any(beat.count > _DONE and beat.step == _NO_STEP for beat, _ in heard.beats.values())
 
 
 def _verdict(

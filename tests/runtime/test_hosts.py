@@ -52,6 +52,9 @@ def main():
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault == "mistaken":
                 raise UserError("a bad file")
+            if fault == "busy":
+                peers.step(None)
+                time.sleep(1.5 * TIMEOUT_S)
             if fault == "buggy":
                 raise KeyError("a bug")
         peers.step(step)
@@ -290,6 +293,11 @@ def test_a_process_ends_in_time_and_names_the_one_that_failed(fault, status, tol
         assert "in main" in first_err  # where it hangs
     if fault == "mistaken":
         assert errors(first_err) == ["error: a bad file"]
+
+
+def test_a_process_that_says_it_takes_its_time_is_waited_for():
+    done = end(begin_two(fault="busy"))
+    assert [status for status, _, _ in done] == [0, 0], done
 
 
 # What one process makes of the others' beats.
