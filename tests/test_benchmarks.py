@@ -119,6 +119,24 @@ def test_data_prints_a_line_for_each_measure_and_leaves_nothing(measures, tmp_pa
         assert lines["tar"]["shards"] == 10 and lines["tar"]["first_batch_s"] > 0
 
 
+@pytest.mark.parametrize("step", [["--products", "1"], ["--idle_ms", "5"]], ids=" ".join)
+def test_checkpoint_prints_what_a_save_costs_and_leaves_nothing(step, tmp_path):
+    program = ["benchmarks/checkpoint.py", "--mb", "20", "--saves", "2", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, *program, *step],
+        cwd=ROOT, text=True, capture_output=True, timeout=120,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    (line,) = map(json.loads, done.stdout.splitlines())
+    assert (line["program"], line["jax"], line["saves"]) == ("checkpoint", jax.__version__, 2)
+    assert line["state_mb"] == pytest.approx(20, rel=0.1)
+    assert line["overhead"] == pytest.approx(line["ms_while_saving"] / line["ms"] - 1, abs=0.01)
+    assert 0 < line["blocked_ms"] < line["save_ms"] and line["check_ms"] > 0 < line["copy_ms"]
+    if step[0] == "--idle_ms":
+        assert line["ms"] >= 5
+
+
 def _flops(function, *shapes):
     spec = importlib.util.spec_from_file_location("flops", ROOT / "benchmarks/flops.py")
     flops = importlib.util.module_from_spec(spec)
@@ -164,7 +182,7 @@ def test_flops_of_convolutions_and_their_gradients():
 
 ALLOWED = {"jax", "flax", "optax", "numpy", "absl", "jaxtyping", "benchmarks", "slam_jax"}
 # They measure what a bare machine lacks.
-MEASURE_DATA = {"data.py", "synthetic.py"}
+MEASURE_DATA = {"data.py", "synthetic.py", "checkpoint.py"}
 FOLDERS = ("benchmarks", "slam_jax/nets", "slam_jax/diffusion", "slam_jax/distill")
 
 

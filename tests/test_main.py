@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -167,3 +168,46 @@ def test_losses_that_stay_nan_stop_the_run_and_keep_the_checkpoint(lab, straight
     assert [line["step"] for line in lines] == list(range(1, saved + 3))
     assert [line["skipped_updates"] for line in lines] == [0] * saved + [1, 1]
     assert all("loss" not in line for line in lines[saved:])
+
+
+def _resumable(straight: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """The run before its student was written."""
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "student")
+    return workdir
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_goes_on(lab, straight):
+    workdir = _resumable(straight[0], lab.folder / "damaged")
+    newest = workdir / "checkpoints" / str(NUM_STEPS)
+    path = max(newest.rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    status, _, err = lab.finish("damaged")
+    assert status == 0, err
+    told = f"warning: the checkpoint of step {NUM_STEPS} in {workdir / 'checkpoints'} is damaged ("
+    assert told in err and f"set aside as {NUM_STEPS}.damaged, and the one before is used" in err
+    assert (workdir / "checkpoints" / f"{NUM_STEPS}.damaged").exists()
+    found, expected = (dict(labs.flat(labs.state(folder))) for folder in (workdir, straight[0]))
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    assert labs.numbers(workdir) == labs.numbers(straight[0])
+    assert labs.files(workdir / "student") == labs.files(straight[0] / "student")
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(lab, straight):
+    workdir = _resumable(straight[0], lab.folder / "full")
+    shutil.rmtree(workdir / "checkpoints" / str(NUM_STEPS))
+    pictures = max(path.stat().st_size for path in (workdir / "samples").iterdir())
+    # Of the files that are written until then the arrays' alone are so large.
+    process = lab.start("full")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2 * pictures, 2 * pictures))
+    _, err = process.communicate()
+    assert process.returncode == 2, err
+    last = NUM_STEPS - SAVE_EVERY
+    assert err.splitlines()[-1] == (
+        f"error: no checkpoint of step {NUM_STEPS} in {workdir / 'checkpoints'}: File too large; "
+        f"the last one is of step {last}; make room, and run again to go on from there"
+    )
+    assert labs.saved(workdir) == [last]

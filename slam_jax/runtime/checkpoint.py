@@ -61,7 +61,9 @@ def manager(folder: os.PathLike | str, keep: int, keep_every: int) -> ocp.Checkp
             create_directories_asynchronously=False,
         ),
     )  # fmt: skip
-    return ocp.CheckpointManager(folder, options=options)
+    # Random-looking numbers shrink by 8 %, for more time on the cores than all the rest takes.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handler)
 
 
 @contextlib.contextmanager
@@ -110,7 +112,7 @@ def _save(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> list[str
     if peers.known() and (full := _agreed(partial(_full, checkpoints.directory, state))):
         return [before, _given_up(checkpoints, step, OSError(full))]
     try:
-        checkpoints.save(step, args=ocp.args.StandardSave(state))
+        checkpoints.save(step, args=ocp.args.PyTreeSave(state))
     except _ERRORS as error:
         return [before, _given_up(checkpoints, step, error)]
     return [before]
@@ -167,7 +169,8 @@ def _write_checksums(folder: epath.Path) -> None:
 
 def restore(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
     """The state saved at `step`; `like` gives shapes, dtypes and shardings, whatever they were."""
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(like))
+    layout = ocp.checkpoint_utils.construct_restore_args(like)
+    return checkpoints.restore(step, args=ocp.args.PyTreeRestore(item=like, restore_args=layout))
 
 
 def restore_part(folder: os.PathLike | str, step: int, part: str, like: Any) -> Any:

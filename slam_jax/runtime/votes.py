@@ -5,6 +5,7 @@ its final name. Who fails never comes, and the others wait for 20 minutes, from 
 their main threads too. Here who fails says so, and all give up the save at once.
 """
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,6 +16,9 @@ from jax._src import distributed
 # it, of another after it, whether it failed or not.
 _WRITTEN, _NAMED = "async_write_complete", "async_commit_complete"
 _BEGIN, _END = "set_value_start", "set_value_end"
+
+
+_numbers = itertools.count()  # of saves, into whatever folder
 
 
 class _Save(NamedTuple):
@@ -40,7 +44,7 @@ def barrier() -> Callable[..., None]:
                 _vote(save, save.owed.pop(), "no")
         distributed.global_state.client.wait_at_barrier(f"slam_jax/{key}", timeout_ms)
         if _END in key and threading.current_thread() is threading.main_thread():
-            save.number[0] += 1
+            save.number[0] = next(_numbers)
             save.owed[:] = [_WRITTEN, _NAMED]
 
     return wait
