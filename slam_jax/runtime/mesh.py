@@ -29,9 +29,12 @@ _BATCH_AXES = ("data", "fsdp")
 _SMALL = 2**12
 
 
-def make(axes: Sequence[tuple[str, int]]) -> Mesh:
-    """All devices in a grid with the given (name, size) axes; the size -1 takes the rest."""
-    devices = jax.devices()
+def make(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices in a grid with the given (name, size) axes; the size -1 takes the rest.
+
+    devices: all that are present unless given.
+    """
+    devices = jax.devices() if devices is None else devices
     names = tuple(name for name, _ in axes)
     fixed = math.prod(size for _, size in axes if size != -1)
     sizes = tuple(len(devices) // fixed if size == -1 else size for _, size in axes)
