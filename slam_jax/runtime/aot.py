@@ -133,8 +133,8 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Compiled:
     cost, memory = program.cost_analysis() or {}, program.memory_analysis()
     return Compiled(
         seconds=seconds,
-        flops=cost["flops"] if "flops" in cost else 0,
-        traffic=cost["bytes accessed"] if "bytes accessed" in cost else 0,
+        flops=cost.get("flops", 0),
+        traffic=cost.get("bytes accessed", 0),
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

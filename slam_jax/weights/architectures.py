@@ -3,11 +3,10 @@
 Only what differs from the networks' defaults (nets/), which are diffusers' and transformers'.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from slam_jax.weights import pretrained, templates
+from slam_jax.weights import pretrained
 
 _VAE = dict(
     block_out_channels=[128, 256, 512, 512], layers_per_block=2,
