@@ -45,7 +45,7 @@ class Compiled(NamedTuple):
     def memory(self) -> float:
         """Bytes in all."""
         whole = self.arguments + self.results + self.temporaries + self.code
-        return self.too_large or whole
+        return float(self.too_large or whole)
 
 
 def devices(topology: str) -> list[jax.Device]:

@@ -33,14 +33,14 @@ def _gpu(
 # By jax.Device.device_kind. The links' bandwidth is one way: half of "bidirectional". Google's
 # page of v4 has no such number; 6 links of 50 GB/s are the paper's (arXiv 2304.01433).
 _CHIPS = (
-    (r"TPU v4", _tpu("TPU v4", 275, 32, 1200, 300, "v4, arXiv 2304.01433")),
-    (r"TPU v5 lite|TPU v5e", _tpu("TPU v5e", 197, 16, 819, 200, "v5e")),
-    (r"TPU v5p?", _tpu("TPU v5p", 459, 95, 2765, 600, "v5p")),
-    (r"TPU v6 lite|TPU v6e", _tpu("TPU v6e", 918, 32, 1638, 400, "v6e")),
-    (r".*A100.*40GB", _gpu("A100 40GB", 312, 40, 1555, 300, "NVIDIA A100 datasheet, 2021")),
-    (r".*A100.*80GB", _gpu("A100 80GB", 312, 80, 2039, 300, "NVIDIA A100 datasheet, 2021")),
-    (r".*H100.*HBM3", _gpu("H100 SXM", 989.4, 80, 3350, 450, "NVIDIA H100 datasheet, 2023")),
-    (r".*H200.*", _gpu("H200 SXM", 989.4, 141, 4800, 450, "NVIDIA H200 datasheet, 2024")),
+    (r"TPU v4", _tpu("TPU v4", 275.0, 32.0, 1200.0, 300.0, "v4, arXiv 2304.01433")),
+    (r"TPU v5 lite|TPU v5e", _tpu("TPU v5e", 197.0, 16.0, 819.0, 200.0, "v5e")),
+    (r"TPU v5p?", _tpu("TPU v5p", 459.0, 95.0, 2765.0, 600.0, "v5p")),
+    (r"TPU v6 lite|TPU v6e", _tpu("TPU v6e", 918.0, 32.0, 1638.0, 400.0, "v6e")),
+    (r".*A100.*40GB", _gpu("A100 40GB", 312.0, 40.0, 1555.0, 300.0, "NVIDIA A100 datasheet, 2021")),
+    (r".*A100.*80GB", _gpu("A100 80GB", 312.0, 80.0, 2039.0, 300.0, "NVIDIA A100 datasheet, 2021")),
+    (r".*H100.*HBM3", _gpu("H100 SXM", 989.4, 80.0, 3350.0, 450.0, "NVIDIA H100 datasheet, 2023")),
+    (r".*H200.*", _gpu("H200 SXM", 989.4, 141.0, 4800.0, 450.0, "NVIDIA H200 datasheet, 2024")),
 )
 
 

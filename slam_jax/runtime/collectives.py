@@ -25,6 +25,7 @@ _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 
 
@@ -43,7 +44,7 @@ class Collective(NamedTuple):
             case "all-reduce":
                 return 2 * self.payload * (self.group - 1) / self.group
             case "collective-permute":
-                return self.payload
+                return float(self.payload)
             case _:
                 return self.payload * (self.group - 1) / self.group
 
@@ -61,7 +62,14 @@ def count(text: str, num_devices: int) -> list[Collective]:
     """
     computations, entry = _parse(text)
     totals: dict[tuple[str, int], tuple[int, int]] = {}
+    seen = set()
     for times, name, instruction in _walk(computations, entry, 1):
+        # On TPUs one collective may be written several times, among the operations that hide it.
+        if channel := _CHANNEL.search(instruction.rest):
+            same = channel[1], instruction.operation, _sizes(instruction.shape)
+            if same in seen:
+                continue
+            seen.add(same)
         kind, group, payload = _measure(name, instruction, num_devices)
         if group > 1:
             number, size = totals.get((kind, group), (0, 0))
@@ -151,12 +159,12 @@ def _group(rest: str, num_devices: int) -> int:
     return num_devices
 
 
-def _sizes(shape: str) -> list[int]:
+def _sizes(shape: str) -> tuple[int, ...]:
     """Bytes of each array in a shape, which may be a tuple."""
-    return [
+    return tuple(
         math.prod(map(int, filter(None, dimensions.split(",")))) * _bits(dtype) // 8
         for dtype, dimensions in _ARRAY.findall(shape)
-    ]
+    )
 
 
 def _bits(dtype: str) -> int:
