@@ -197,7 +197,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _scaled(value: float, units: Sequence[str]) -> str:
+def _scaled(value: int | float, units: Sequence[str]) -> str:
     for unit in units:
         if abs(value) < 1000 or unit == units[-1]:
             return f"{value:.4g} {unit}".strip()
@@ -205,11 +205,11 @@ def _scaled(value: float, units: Sequence[str]) -> str:
     raise AssertionError("units are never empty")
 
 
-def _bytes(value: float) -> str:
+def _bytes(value: int | float) -> str:
     return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
 
 
-def _flop(value: float) -> str:
+def _flop(value: int | float) -> str:
     return _scaled(value, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
 
 
@@ -217,5 +217,5 @@ def _count(value: int) -> str:
     return f"{value:,}"
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: int | float) -> str:
     return f"{value:.4g} s"
