@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import flops, models
+from benchmarks import models
+from slam_jax import flops
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -53,15 +53,36 @@ def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
     layout = mesh.shardings(bare, devices, settings.mesh.rules)
     like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), bare, layout)
     replicated = mesh.replicated(devices)
+    nets = _spread(parts.nets, devices, settings.mesh.rules)
     train_step = jax.jit(
         partial(
-            step.train_step, nets=parts.nets, method=parts.method, optimizer=parts.optimizer,
+            step.train_step, nets=nets, method=parts.method, optimizer=parts.optimizer,
             ema_rate=settings.ema_rate, num_steps=settings.num_steps,
             max_grad_norm=settings.faults.max_grad_norm,
         ),
         donate_argnums=0, out_shardings=(layout, replicated),
     )  # fmt: skip
     return Program(first, like, layout, replicated, train_step)
+
+
+def _spread(nets: step.Nets, devices: Mesh, rules: mesh.Rules) -> step.Nets:
+    """The networks, each device computing whole layers on its own examples."""
+
+    def on_examples(net: Callable, name: str) -> Callable:
+        def call(params, *inputs):
+            whole = mesh.fetched(params, name, devices, rules)
+            return net(whole, *(mesh.spread(each, devices) for each in inputs))
+
+        return call
+
+    return nets._replace(
+        student=on_examples(nets.student, "student"),
+        teacher=on_examples(nets.teacher, "unet"),
+        encode_text=on_examples(nets.encode_text, "text_encoder"),
+        encode_image=lambda params, batch, key: nets.encode_image(
+            mesh.fetched(params, "vae", devices, rules), mesh.spread(batch, devices), key
+        ),
+    )
 
 
 def _shapes(params: Mapping) -> Mapping:

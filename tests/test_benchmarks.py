@@ -1,7 +1,6 @@
 """The benchmarks print their line, count FLOPs right, and need no more than they promise."""
 
 import ast
-import importlib.util
 import json
 import os
 import pathlib
@@ -11,6 +10,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+
+from slam_jax import flops
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,7 +26,7 @@ class Missing:
         "tensorboardX", "tqdm", "torch", "diffusers", "transformers", "huggingface_hub",
         "beartype", "pytest",
     }
-    OURS = {"nets", "diffusion", "distill", "shapes", "errors"}
+    OURS = {"nets", "diffusion", "distill", "shapes", "errors", "flops"}
 
     def find_spec(self, name, path=None, target=None):
         top, _, rest = name.partition(".")
@@ -138,9 +139,6 @@ def test_checkpoint_prints_what_a_save_costs_and_leaves_nothing(step, tmp_path):
 
 
 def _flops(function, *shapes):
-    spec = importlib.util.spec_from_file_location("flops", ROOT / "benchmarks/flops.py")
-    flops = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flops)
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return flops.count(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
 
@@ -162,6 +160,9 @@ def test_flops_of_products_loops_and_recomputation():
     # Forwards once, backwards twice; recomputation adds another time forwards.
     assert _flops(jax.grad(loss, argnums=(0, 1)), x, w) == 3 * product
     assert _flops(jax.grad(jax.checkpoint(loss), argnums=(0, 1)), x, w) == 4 * product
+    # As XLA counts, a loop's body once.
+    traced = jax.jit(loop).trace(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in (x, w)))
+    assert flops.count(traced.jaxpr.jaxpr, unrolled=False) == product
     either = lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w + x @ w)  # noqa: E731
     assert _flops(either, x, w) == 2 * product
 

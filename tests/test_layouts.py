@@ -13,13 +13,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Arguments: a model folder. Prints, for each layout, the largest errors relative to one device.
 PROGRAM = """
 import importlib.util, json, pathlib, sys
-from functools import partial
 import jax
 import numpy as np
 import optax
-from slam_jax import experiment, pipeline, settings
+from slam_jax import experiment, pipeline, program, settings
 from slam_jax.data import text_inputs
-from slam_jax.distill import state, step
+from slam_jax.distill import state
 from slam_jax.runtime import mesh
 from slam_jax.weights import pretrained, translate
 
@@ -35,7 +34,7 @@ config = module.get_config()
 config.update_from_flattened_dict({
     "teacher.model": sys.argv[1], "batch_size": 16, "student.gamma_dim": 8, "distill.length": 20,
     "distill.stride": 20, "student.cond_proj": "random", "distill.sigma": "markov",
-    "distill.gamma": ("uniform",),
+    "distill.gamma": ("uniform",), "faults.max_grad_norm": 1e9,
 })
 chosen = settings.from_config(config.to_dict())
 found = experiment.teacher(chosen)
@@ -55,20 +54,13 @@ def run(devices, rules):
         text_encoder, empty
     )
     frozen = state.Frozen(teacher.unet.params, teacher.vae.params, text_encoder, null_text)
-    init = partial(state.init, optimizer=sgd)
-    layout = mesh.shardings(jax.eval_shape(init, student_params), devices, rules)
-    now = jax.jit(init, out_shardings=layout)(student_params)
+    settings_here = chosen._replace(mesh=chosen.mesh._replace(rules=rules))
+    parts = program.parts(settings_here, found)._replace(optimizer=sgd)
+    built = program.build(settings_here, parts, devices)
+    now = jax.jit(built.first, out_shardings=built.layout)(student_params)
     key = jax.jit(lambda: jax.random.key(0), out_shardings=everywhere)()
-    train = jax.jit(
-        partial(
-            step.train_step, nets=experiment.nets(chosen, teacher, student.config),
-            method=experiment.method(chosen.distill, teacher.scheduler), optimizer=sgd,
-            ema_rate=0.9, num_steps=10, max_grad_norm=1e9,
-        ),
-        out_shardings=(layout, everywhere),
-    )
     put = mesh.put_batch(batch, 1, devices)
-    after, metrics = train(now, frozen, put, key)
+    after, metrics = built.step(now, frozen, put, key)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(after))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(after))
     after = jax.tree.map(np.asarray, after.student)

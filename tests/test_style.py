@@ -264,18 +264,21 @@ ZERO = {"errors", "shapes"}
 BELOW = {
     **dict.fromkeys(("errors", "shapes", "__init__"), set()),
     **dict.fromkeys(("diffusion", "nets", "data", "runtime", "metrics"), ZERO),
-    **dict.fromkeys(("command", "settings"), ZERO),
+    **dict.fromkeys(("command", "settings", "flops"), ZERO),
     "distill": ZERO | {"diffusion"},
     "weights": ZERO | {"nets"},
     "pipeline": ZERO | {"diffusion", "nets", "distill", "weights"},
     "students": ZERO | {"diffusion", "nets", "weights"},
 }
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
-DRIVERS = ("train", "sample", "evaluate", "export", "prepare")
+DRIVERS = ("train", "sample", "evaluate", "export", "prepare", "dry_run")
 BELOW["program"] = BELOW["experiment"] | {"experiment", "runtime"}
+BELOW["arguments"] = BELOW["program"]
+BELOW["forecast"] = ZERO | {"runtime"}
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
 BELOW["train"] = BELOW["train"] | {"evaluate"}  # a run ends with the table
+BELOW["dry_run"] = BELOW["dry_run"] | {"program", "arguments", "forecast"}
 BELOW["main"] = set(BELOW) - {"__init__"}
 
 

@@ -31,9 +31,12 @@ _BATCH_AXES = ("data", "fsdp")
 _SMALL = 2**12
 
 
-def make(axes: Sequence[tuple[str, int]]) -> Mesh:
-    """All devices in a grid with the given (name, size) axes; the size -1 takes the rest."""
-    devices = jax.devices()
+def make(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices in a grid with the given (name, size) axes; the size -1 takes the rest.
+
+    devices: all that are present unless given.
+    """
+    devices = jax.devices() if devices is None else devices
     names = tuple(name for name, _ in axes)
     fixed = math.prod(size for _, size in axes if size != -1)
     sizes = tuple(len(devices) // fixed if size == -1 else size for _, size in axes)
@@ -89,6 +92,37 @@ def _cut_longest(shape: tuple[int, ...], axis: str, size: int) -> tuple[str | No
         return ()
     _, place = max(divisible)
     return (None,) * place + (axis,)
+
+
+def fetched(tree: Any, name: str, mesh: Mesh, rules: Rules) -> Any:
+    """Within a traced program: the tree, which the rules know as `name`, as layers use it.
+
+    What is cut over the axes of the examples is fetched whole where it is used. Without being told,
+    XLA may as well leave kernels cut and move activations instead, which are far larger.
+    """
+    layout = shardings({name: tree}, mesh, rules)[name]
+    whole = jax.tree.map(lambda leaf: NamedSharding(mesh, _without_batch(leaf.spec)), layout)
+
+    @jax.custom_vjp
+    def fetch(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, whole)
+
+    def back(_, gradient: Any) -> tuple[Any]:
+        # Of the sum over devices each gets its part alone.
+        return (jax.lax.with_sharding_constraint(gradient, layout),)
+
+    fetch.defvjp(lambda tree: (fetch(tree), None), back)
+    return fetch(tree)
+
+
+def _without_batch(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis in _BATCH_AXES else axis for axis in spec))
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Within a traced program: arrays [B, ...] with their examples spread over the devices."""
+    rows = NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+    return jax.lax.with_sharding_constraint(tree, rows)
 
 
 def placer(mesh: Mesh, rules: Rules) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:

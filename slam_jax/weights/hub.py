@@ -61,6 +61,15 @@ def locate(model: str, revision: str = "", variant: str | None = None) -> Path:
     return path
 
 
+def locate_configs(model: str, revision: str = "") -> Path:
+    """The same for who needs no weights: of a model of the hub only configs and tokenizer come."""
+    path = Path(model)
+    if not _ID.fullmatch(model) or path.exists():
+        return locate(model, revision)
+    configs = [f"{part}/config.json" for part in _STEMS]
+    return _snapshot(model, revision, [*_DESCRIPTIONS, *configs])
+
+
 def fetch(name: str, revision: str = "", variant: str | None = None) -> Path:
     """The folder of model ORG/NAME in the hub's cache, what it lacked downloaded, with progress.
 

@@ -9,21 +9,22 @@ import math
 from jax.extend import core
 
 
-def count(jaxpr: core.Jaxpr) -> int:
+def count(jaxpr: core.Jaxpr, *, unrolled: bool = True) -> int:
     """Multiplications and additions of all dot_general and conv_general_dilated, loops unrolled.
 
-    Padding counts as if it were data. Of the branches of a `cond` the dearest counts.
+    Padding counts as if it were data. Of the branches of a `cond` the dearest counts. unrolled:
+    False counts the body of a loop once, as XLA does.
     """
     total = 0
     for equation in jaxpr.eqns:
-        inner = [count(sub) for sub in core.jaxprs_in_params(equation.params)]
+        inner = [count(sub, unrolled=unrolled) for sub in core.jaxprs_in_params(equation.params)]
         match equation.primitive.name:
             case "dot_general":
                 total += _dot(equation)
             case "conv_general_dilated":
                 total += _convolution(equation)
             case "scan":
-                total += equation.params["length"] * sum(inner)
+                total += (equation.params["length"] if unrolled else 1) * sum(inner)
             case "cond":
                 total += max(inner)
             case "while":

@@ -1,0 +1,174 @@
+"""What devices send each other in a compiled program, counted in XLA's text of it.
+
+The text is that of one device's program (compiled.as_text()). Loops count as often as they run.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_PERMUTE = "collective-permute"
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)="
+    r"%?([\w.-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+# Of device groups: as a list, as an iota, and by axes of a mesh, whole or a factor of one.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind among groups of one size, in one run of the program."""
+
+    kind: str  # all-reduce, all-gather, reduce-scatter, all-to-all or collective-permute
+    group: int  # devices that take part in each
+    count: int
+    payload: int  # bytes: of the whole array, as gathered or before it is scattered
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends, with the ring algorithms, which send the fewest."""
+        match self.kind:
+            case "all-reduce":
+                return 2 * self.payload * (self.group - 1) / self.group
+            case "collective-permute":
+                return float(self.payload)
+            case _:
+                return self.payload * (self.group - 1) / self.group
+
+
+class _Instruction(NamedTuple):
+    shape: str
+    operation: str
+    rest: str  # operands and attributes
+
+
+def count(text: str, num_devices: int) -> list[Collective]:
+    """Collectives of the program by kind and group, those that move most first.
+
+    A loop of which the text does not tell how often it runs counts once.
+    """
+    computations, entry = _parse(text)
+    totals: dict[tuple[str, int], tuple[int, int]] = {}
+    seen = set()
+    for times, name, instruction in _walk(computations, entry, 1):
+        # On TPUs one collective may be written several times, among the operations that hide it.
+        if channel := _CHANNEL.search(instruction.rest):
+            same = channel[1], instruction.operation, _sizes(instruction.shape)
+            if same in seen:
+                continue
+            seen.add(same)
+        kind, group, payload = _measure(name, instruction, num_devices)
+        if group > 1:
+            number, size = totals.get((kind, group), (0, 0))
+            totals[kind, group] = (number + times, size + times * payload)
+    found = [Collective(*key, *total) for key, total in totals.items()]
+    return sorted(found, key=lambda each: -each.sent)
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Instructions by computation, and the name of the one that the program starts with."""
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        if started := _COMPUTATION.match(line):
+            current = computations[started[1]] = []
+            entry = started[1] if line.startswith("ENTRY") else entry
+        elif found := _INSTRUCTION.match(line):
+            current.append(_Instruction(*found.groups()))
+    return computations, entry
+
+
+def _walk(
+    computations: dict[str, list[_Instruction]], name: str, times: int
+) -> Iterator[tuple[int, str, _Instruction]]:
+    """(how often it runs, its computation, the instruction) of every collective."""
+    for instruction in computations[name]:
+        if instruction.operation.removesuffix("-start") in _KINDS:
+            yield times, name, instruction
+            continue  # what it calls is its reduction
+        if instruction.operation.endswith(("-done", "-update")):
+            continue  # its -start was counted
+        inner = times
+        if instruction.operation == "while":
+            inner *= _trips(computations, instruction.rest)
+        called = _CALLED.findall(instruction.rest)
+        for branches in _BRANCHES.findall(instruction.rest):
+            called += [each.strip().removeprefix("%") for each in branches.split(",")]
+        for each in called:
+            yield from _walk(computations, each, inner)
+
+
+def _trips(computations: dict[str, list[_Instruction]], rest: str) -> int:
+    """How often a loop runs: as XLA says, or by its condition, counter < constant."""
+    if known := _TRIPS.search(rest):
+        return int(known[1])
+    condition = computations[_CONDITION.search(rest)[1]]
+    limits = [
+        int(each.rest.partition(")")[0])
+        for each in condition
+        if each.operation == "constant" and re.match(r"[su]\d+\[\]", each.shape)
+    ]
+    counts_up = any("direction=LT" in each.rest for each in condition)
+    return limits[0] if len(limits) == 1 and counts_up else 1
+
+
+def _measure(name: str, instruction: _Instruction, num_devices: int) -> tuple[str, int, int]:
+    """Kind, devices in a group, and bytes of the whole array."""
+    kind = instruction.operation.removesuffix("-start")
+    sizes = _sizes(instruction.shape)
+    if instruction.operation.endswith("-start") and kind != "all-reduce":
+        # Operands, results, and for some a few words that tell when it is done.
+        sizes = sizes[: len(sizes) // 4 * 4 // 2 or len(sizes)] if kind == _PERMUTE else sizes
+        sizes = sizes[len(sizes) // 2 :]
+    size = sum(sizes)
+    if kind == _PERMUTE:
+        pairs = [pair.split(",") for pair in _PAIRS.search(instruction.rest)[1].split("},{")]
+        moved = sum(source.strip("{}") != target.strip("{}") for source, target in pairs)
+        return kind, 2, size * moved // num_devices
+    group = _group(instruction.rest, num_devices)
+    if kind == "reduce-scatter":
+        size *= group
+    if kind == "all-reduce" and "all-reduce-scatter" in name:
+        kind = "reduce-scatter"  # on TPUs: of the sum each device keeps a part
+    return kind, group, size
+
+
+def _group(rest: str, num_devices: int) -> int:
+    """How many devices take part together."""
+    if listed := _LISTED.search(rest):
+        return len(listed[1].split(","))
+    if iota := _IOTA.search(rest):
+        return int(iota[1])
+    if grid := _MESH.search(rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", grid[1]))
+        used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", grid[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in used)
+    return num_devices
+
+
+def _sizes(shape: str) -> tuple[int, ...]:
+    """Bytes of each array in a shape, which may be a tuple."""
+    return tuple(
+        math.prod(map(int, filter(None, dimensions.split(",")))) * _bits(dtype) // 8
+        for dtype, dimensions in _ARRAY.findall(shape)
+    )
+
+
+def _bits(dtype: str) -> int:
+    """Of one element: the number in the name, but for a few."""
+    if dtype == "pred":
+        return 8
+    return int(re.match(r"[a-z]+(\d+)", dtype)[1])
