@@ -202,7 +202,7 @@ def test_a_compiler_that_gives_up_says_how_much_it_wanted():
 ])  # fmt: skip
 def test_chips_are_known_by_what_jax_calls_them(kind, name):
     device = types.SimpleNamespace(
-        device_kind=kind, platform="tpu" if "TPU" in kind else "gpu", slice_index=0, coords=(0, 1)
+        device_kind=kind, platform="tpu" if "TPU" in kind else "gpu", process_index=0, coords=(0, 1)
     )
     chip = chips.find([device])
     assert chip.name == name

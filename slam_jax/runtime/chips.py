@@ -59,7 +59,7 @@ def find(devices: Sequence) -> Chip | None:
 def _num_sharing(devices: Sequence) -> int:
     if devices[0].platform != "tpu":
         return 1
-    return len(devices) // len({(device.slice_index, *device.coords) for device in devices})
+    return len(devices) // len({(device.process_index, *device.coords) for device in devices})
 
 
 def _share(chip: Chip, part: float) -> Chip:
