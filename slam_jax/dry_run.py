@@ -48,7 +48,7 @@ def dry_run(settings: Settings, topology: str | None) -> None:
     lowered = traced.lower()
     announce = partial(_announce, lowered.as_text().count("\n"), topology is not None)
     compiled = aot.compiled(lowered, places, announce)
-    chip = chips.find(places[0].device_kind)
+    chip = chips.find(places)
     print(f"compiled in {compiled.seconds:.0f} s\n")
     print(forecast.text(counts, compiled, chip))
     line = {

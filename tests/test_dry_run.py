@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 from jax.experimental import topologies
@@ -200,7 +201,15 @@ def test_a_compiler_that_gives_up_says_how_much_it_wanted():
     ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
 ])  # fmt: skip
 def test_chips_are_known_by_what_jax_calls_them(kind, name):
-    assert chips.find(kind).name == name and chips.find("cpu") is None
+    device = types.SimpleNamespace(
+        device_kind=kind, platform="tpu" if "TPU" in kind else "gpu", process_index=0, coords=(0, 1)
+    )
+    chip = chips.find([device])
+    assert chip.name == name
+    # Two cores of one chip, as JAX may show them.
+    pair = chips.find([device, device])
+    assert pair.flops == chip.flops / (2 if "TPU" in kind else 1)
+    assert chips.find([types.SimpleNamespace(device_kind="cpu", platform="cpu")]) is None
 
 
 def test_a_slice_that_does_not_exist_is_one_line(monkeypatch):

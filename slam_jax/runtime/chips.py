@@ -1,6 +1,7 @@
 """What the makers say their chips can do at most."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -19,7 +20,7 @@ class Chip(NamedTuple):
 def _tpu(name: str, teraflops: float, gib: float, gb_s: float, link_gb_s: float, page: str) -> Chip:
     source = f"docs.cloud.google.com/tpu/docs/{page}"
     peak = 1e12 * teraflops
-    return Chip(name, peak, peak, gib * 2**30, 1e9 * gb_s, 1e9 * link_gb_s, source)
+    return Chip(name, peak, peak, gib * 2.0**30, 1e9 * gb_s, 1e9 * link_gb_s, source)
 
 
 def _gpu(
@@ -44,9 +45,23 @@ _CHIPS = (
 )
 
 
-def find(device_kind: str) -> Chip | None:
-    """The chip of that name in JAX; None if it is not in the table, as no CPU is."""
+def find(devices: Sequence) -> Chip | None:
+    """What one of those devices of JAX's is; None if it is not in the table, as no CPU is.
+
+    Where several devices are one chip, as the two cores of a TPU v4 may be, each is its share.
+    """
     for pattern, chip in _CHIPS:
-        if re.fullmatch(pattern, device_kind):
-            return chip
+        if re.fullmatch(pattern, devices[0].device_kind):
+            return _share(chip, 1 / _num_sharing(devices))
     return None
+
+
+def _num_sharing(devices: Sequence) -> int:
+    if devices[0].platform != "tpu":
+        return 1
+    return len(devices) // len({(device.process_index, *device.coords) for device in devices})
+
+
+def _share(chip: Chip, part: float) -> Chip:
+    numbers = {name: value for name, value in chip._asdict().items() if isinstance(value, float)}
+    return chip._replace(**{name: part * value for name, value in numbers.items()})
