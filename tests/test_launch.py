@@ -89,7 +89,7 @@ def begin(folder, script: str, *arguments: str, **environment: str) -> subproces
 def run(*arguments, **environment) -> tuple[int, str, str]:
     process = begin(*arguments, **environment)
     try:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     finally:
         process.terminate()
     return process.returncode, out, err
@@ -131,7 +131,7 @@ def test_local_passes_on_what_ends_it(job, number):
     lines = [script.stdout.readline() for _ in range(2)]
     # Ctrl-C reaches all of a terminal's processes; here, as from kill, only the script.
     script.send_signal(number)
-    out, err = script.communicate(timeout=60)
+    out, err = script.communicate(timeout=200)
     assert script.returncode == 42, (lines, err)
     assert parts("".join(lines) + out) == [[0, 2], [1, 2]]  # and not again
 

@@ -36,7 +36,7 @@ def lab(tmp_path_factory, tiny_folder):
 def end(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
     """(exit status, stderr) of each."""
     try:
-        told = [process.communicate(timeout=120)[1] for process in processes]
+        told = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -5,6 +5,7 @@ one waits for its data forever, all others wait with it.
 """
 
 import atexit
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -110,8 +111,9 @@ def leave(status: int) -> None:
 
 
 def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     for child in multiprocessing.active_children():
         child.kill()
     if distributed.global_state.process_id == 0:
@@ -121,10 +123,11 @@ def _leave(status: int) -> None:
 
 def _end(message: str) -> None:
     _last_word.acquire()  # one is enough
-    print(
-        f"error: {message}; this process ends too. Start the job again to go on from its last "
-        "checkpoint", file=sys.stderr, flush=True,
-    )  # fmt: skip
+    with contextlib.suppress(OSError):  # nobody may be left to read it
+        print(
+            f"error: {message}; this process ends too. Start the job again to go on from its last "
+            "checkpoint", file=sys.stderr, flush=True,
+        )  # fmt: skip
     _leave(1)
 
 
@@ -184,7 +187,8 @@ def _watch(process_id: int, limit: float) -> None:
             message, names_this_one = verdict[0], process_id in verdict[1]
             if names_this_one:
                 # Where it hangs is what its user wants to know.
-                faulthandler.dump_traceback(sys.__stderr__)
+                with contextlib.suppress(OSError):
+                    faulthandler.dump_traceback(sys.__stderr__)
             _end(message)
 
 
