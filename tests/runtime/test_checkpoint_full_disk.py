@@ -112,7 +112,8 @@ def test_training_goes_on_and_the_next_save_is_tried(full):
                 f"no checkpoint of step 6 in {folder}: {reason}; the last one is of step 2; "
                 "make room, and run again to go on from there"
             )
-            assert _names(folder) == ["1", "2"]
+            # What a late thread of a failed save still adds goes with the next one.
+            assert [name for name in _names(folder) if "tmp" not in name] == ["1", "2"]
         # With room again, old ones go as ever.
         checkpoint.save(checkpoints, 7, _state(7), pytest.fail)
         checkpoint.save_last(checkpoints, 8, _state(8))
