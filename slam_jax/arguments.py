@@ -46,16 +46,18 @@ def frozen(settings: Settings, teacher: pretrained.Pretrained, devices: Mesh) ->
         return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
     networks = {
-        name: part.params
+        name: part
         for name, part in teacher._asdict().items()
         if isinstance(part, pretrained.Component)
     }
-    bare = jax.tree_util.tree_map_with_path(at_rest, networks)
-    layout = mesh.shardings(bare, devices, settings.mesh.rules)
-    placed = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), bare, layout)
-    text_encoder = placed["text_encoder"]
-    if teacher.text_encoder_2 is not None:
-        text_encoder = (text_encoder, placed["text_encoder_2"])
+    params = {name: part.params for name, part in networks.items()}
+    bare = jax.tree_util.tree_map_with_path(at_rest, params)
+    placed = mesh.placed(bare, devices, settings.mesh.rules)
+    text_encoder = pipeline.text_params(
+        teacher._replace(
+            **{name: part._replace(params=placed[name]) for name, part in networks.items()}
+        )
+    )
     encode = pipeline.encode_null_text(teacher, pipeline.dtype(settings.teacher.dtype))
     null_text = jax.eval_shape(encode, text_encoder, tokens(teacher, (1,)))
     everywhere = mesh.replicated(devices)
@@ -67,7 +69,6 @@ def batch(
     settings: Settings, teacher: pretrained.Pretrained, devices: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch as mesh.put_batch lays it out: pictures, or a cache's moments, and tokens."""
-    mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     rows = (settings.accumulate, settings.batch_size // settings.accumulate)
     arrays = pictures(settings, teacher, rows) | tokens(teacher, rows)
     spread = mesh.batch_sharding(devices)

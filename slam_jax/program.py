@@ -50,8 +50,8 @@ def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
     """The train step and the layout of its state."""
     first = partial(state.init, optimizer=parts.optimizer)
     bare = jax.eval_shape(first, _shapes(parts.student.params))
-    layout = mesh.shardings(bare, devices, settings.mesh.rules)
-    like = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), bare, layout)
+    like = mesh.placed(bare, devices, settings.mesh.rules)
+    layout = jax.tree.map(lambda leaf: leaf.sharding, like)
     replicated = mesh.replicated(devices)
     nets = _spread(parts.nets, devices, settings.mesh.rules)
     train_step = jax.jit(

@@ -29,6 +29,50 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
+def free_port() -> int:
+    """One at which nobody on this machine listens."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def end(processes: list[subprocess.Popen], seconds: int = 200) -> list[tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of each, which are killed if they take longer."""
+    try:
+        told = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *said) for p, said in zip(processes, told, strict=True)]
+
+
+def run_on_hosts(
+    program: str, num_processes: int, *arguments: str, num_devices: int = 4, seconds: int = 200
+) -> list[dict]:
+    """What each process of a job prints last, as json: its "processes" says that they met.
+
+    program: Python that is given process, number of processes, port, and the arguments.
+    """
+    environment = {
+        **os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices // num_processes),
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, (process, num_processes, port)), *arguments],
+            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for process in range(num_processes)
+    ]  # fmt: skip
+    done = end(processes, seconds)
+    for status, _, err in done:
+        assert status == 0, err
+    seen = [json.loads(out.splitlines()[-1]) for _, out, _ in done]
+    assert all(each["processes"] == num_processes for each in seen)
+    return seen
+
+
 class Lab:
     """Runs the program in a folder of its own, where the teacher is ./model."""
 
@@ -76,10 +120,7 @@ class Lab:
 
     def start_hosts(self, workdir: str, *flags: str, num: int = 2) -> list[subprocess.Popen]:
         """That many processes of one job, with two devices between them."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        job = (f"--coordinator=localhost:{port}", f"--num_processes={num}")
+        job = (f"--coordinator=localhost:{free_port()}", f"--num_processes={num}")
         return [
             self.start(
                 workdir, ".", *job, f"--process_id={process}", *flags,

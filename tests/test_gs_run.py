@@ -7,7 +7,6 @@ import importlib
 import json
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -136,9 +135,7 @@ def test_killed_and_resumed_it_is_bit_identical(lab, expected):
 
 
 def test_hosts_that_share_no_disk_share_a_bucket(lab):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
+    coordinator = f"localhost:{labs.free_port()}"
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, coordinator, str(number)], env=lab.environment,

@@ -3,17 +3,15 @@
 Hosts are processes on this machine that talk through gloo.
 """
 
-import json
-import os
+import importlib
 import pathlib
-import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(pathlib.Path(__file__).parent))
+labs = importlib.import_module("lab")
 
 # Arguments: process, number of processes, port, first step. Prints what it saw as json.
 PROGRAM = """
@@ -94,22 +92,8 @@ print(json.dumps(seen))
 
 def run(num_processes: int, start: int = 0) -> dict:
     """What process 0 saw."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(4 // num_processes), "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *map(str, (process, num_processes, port, start))],
-            cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for process in range(num_processes)
-    ]  # fmt: skip
-    answers = [process.communicate(timeout=200) for process in processes]
-    for process, (_, err) in zip(processes, answers, strict=True):
-        assert process.returncode == 0, err
-    seen = [json.loads(out.splitlines()[-1]) for out, _ in answers]
-    assert seen[0]["processes"] == num_processes and seen[0]["devices"] == 4
+    seen = labs.run_on_hosts(PROGRAM, num_processes, str(start))
+    assert seen[0]["devices"] == 4
     assert all(each["losses"] == seen[0]["losses"] for each in seen)
     return seen[0]
 

@@ -9,7 +9,6 @@ import json
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -33,20 +32,10 @@ def lab(tmp_path_factory, tiny_folder):
     return found
 
 
-def end(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """(exit status, stderr) of each."""
-    try:
-        told = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, err) for p, err in zip(processes, told, strict=True)]
-
-
 def finish(lab, workdir: str, *flags: str) -> pathlib.Path:
     """The work folder of a job of two that came to its end."""
-    done = end(lab.start_hosts(workdir, *FLAGS, *flags))
-    assert [status for status, _ in done] == [0, 0], done
+    done = labs.end(lab.start_hosts(workdir, *FLAGS, *flags))
+    assert [status for status, *_ in done] == [0, 0], done
     return lab.folder / workdir
 
 
@@ -111,9 +100,9 @@ def test_sigterm_to_one_saves_all_and_another_number_of_hosts_goes_on(lab, one_h
     workdir = lab.folder / "told"
     wait_for_step(workdir, 3)
     processes[1].send_signal(signal.SIGTERM)
-    done = end(processes)
-    assert [status for status, _ in done] == [42, 42], done
-    (step,) = re.findall(r"told to end: saved after step (\d+)", done[0][1])
+    done = labs.end(processes)
+    assert [status for status, *_ in done] == [42, 42], done
+    (step,) = re.findall(r"told to end: saved after step (\d+)", done[0][2])
     assert int(step) in labs.saved(workdir)
     assert [line["step"] for line in labs.lines(workdir)] == list(range(1, int(step) + 1))
 
@@ -127,7 +116,7 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(lab, two_h
     wait_for_step(lab.folder / "killed", 5)
     processes[1].kill()
     began = time.monotonic()
-    (status, err), _ = end(processes)
+    (status, _, err), _ = labs.end(processes)
     assert time.monotonic() - began < TIMEOUT_S + 5
     assert status in (1, -signal.SIGABRT) and "process 1 on" in err
 
@@ -148,7 +137,7 @@ def test_hosts_without_a_folder_in_common_are_told(lab):
     other = lab.start(
         "yours", ".", *FLAGS, f"--coordinator={port}", "--num_processes=2", "--process_id=1"
     )
-    (first_status, _), (status, err) = end([job[0], other])
+    (first_status, *_), (status, _, err) = labs.end([job[0], other])
     assert (first_status, status) == (1, 2)
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert "is not the first host's folder" in line and "disk that all hosts share" in line
@@ -163,14 +152,14 @@ def test_bad_samples_of_all_hosts_count_together(lab, tmp_path):
         content = b"no picture" if number % 2 else PNG.getvalue()
         (folder / f"{number:02d}.png").write_bytes(content)
         (folder / f"{number:02d}.txt").write_text("a")
-    done = end(
+    done = labs.end(
         lab.start_hosts(
             "bad", *FLAGS, f"--config.data.source={folder}", "--config.data.max_bad_fraction=0.003",
             "--config.num_steps=40",
         )
     )  # fmt: skip
-    assert [status for status, _ in done] == [2, 2], done
-    told = [re.search(r"error: (\d+) of (\d+) samples cannot", err).groups() for _, err in done]
+    assert [status for status, *_ in done] == [2, 2], done
+    told = [re.search(r"error: (\d+) of (\d+) samples cannot", err).groups() for *_, err in done]
     assert told[0] == told[1]
     # 3 of the first 1,000 may be bad, 8 by chance: no more than 8 on either host.
     listed = [

@@ -74,25 +74,15 @@ def start(lab, workdir: str, *flags: str) -> list[subprocess.Popen]:
     return lab.start_hosts(workdir, *FLAGS, *flags)
 
 
-def end(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """(exit status, stderr) of each."""
-    try:
-        told = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, err) for p, err in zip(processes, told, strict=True)]
-
-
 def kill(processes: list[subprocess.Popen]) -> None:
     for process in processes:
         process.kill()
-    end(processes)
+    labs.end(processes)
 
 
 def finish(lab, workdir: str) -> pathlib.Path:
-    done = end(start(lab, workdir))
-    assert [status for status, _ in done] == [0, 0], done
+    done = labs.end(start(lab, workdir))
+    assert [status for status, *_ in done] == [0, 0], done
     return lab.folder / workdir
 
 
@@ -141,7 +131,7 @@ def test_killed_at_random_moments(lab, straight, table):
             kill(processes)
             steps.append(lost(runs[-1]))
         else:
-            assert [status for status, _ in end(processes)] == [0, 0]
+            assert [status for status, *_ in labs.end(processes)] == [0, 0]
             runs.append(lab.folder / f"killed{len(runs)}")
     finish(lab, runs[-1].name)
     assert all(outcome(workdir) == expected for workdir in runs)
@@ -156,7 +146,7 @@ def test_one_of_two_killed(lab, straight, table, victim):
         wait_for(processes, lambda step=step: logged(workdir) >= step)
         processes[victim].kill()
         began = time.monotonic()
-        statuses = [status for status, _ in end(processes)]
+        statuses = [status for status, *_ in labs.end(processes)]
         assert statuses[1 - victim] not in (0, 42)
         assert time.monotonic() - began < TIMEOUT_S + 3
         steps.append(lost(workdir))
@@ -175,8 +165,8 @@ def test_told_to_end_during_a_save(lab, straight, table):
 
         wait_for(processes, saving)
         processes[1].send_signal(signal.SIGTERM)
-        done = end(processes)
-        assert [status for status, _ in done] == [42, 42], done
+        done = labs.end(processes)
+        assert [status for status, *_ in done] == [42, 42], done
         steps.append(lost(workdir))
         assert saved(workdir) >= step
     finish(lab, workdir.name)
@@ -220,8 +210,8 @@ def test_data_stop_for_half_a_minute(lab, straight, table):
     assert stood_at < NUM_STEPS
     for reader in readers:
         reader.resume()
-    done = end(processes)
-    assert [status for status, _ in done] == [0, 0], done
+    done = labs.end(processes)
+    assert [status for status, *_ in done] == [0, 0], done
     assert outcome(workdir) == straight[0]
     table.append(Row("data of one host stop for 30 s", 1, 1, [0]))
 
@@ -255,8 +245,8 @@ def test_disk_full_for_a_while(lab, straight, table):
         wait_for(processes, lambda: logged(workdir) >= kept + 8)
         assert saved(workdir) == kept
         filler.unlink()
-        done = end(processes)
-        assert [status for status, _ in done] == [0, 0], done
-        assert "No space left on device" in done[0][1] and "training goes on" in done[0][1]
+        done = labs.end(processes)
+        assert [status for status, *_ in done] == [0, 0], done
+        assert "No space left on device" in done[0][2] and "training goes on" in done[0][2]
         assert outcome(workdir) == straight[0]
     table.append(Row("disk full for a while", 1, 1, [0]))

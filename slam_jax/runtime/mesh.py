@@ -77,6 +77,12 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(resolve, tree)
 
 
+def placed(shapes: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A tree of jax.ShapeDtypeStruct, each with its sharding."""
+    layout = shardings(shapes, mesh, rules)
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, layout)
+
+
 def _sharding(name: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> NamedSharding:
     for pattern, rule in rules:
         if re.fullmatch(pattern, name):

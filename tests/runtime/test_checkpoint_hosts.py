@@ -1,17 +1,17 @@
 """Checkpoints on several hosts, real processes that talk through gloo: what one of them saved any
 other number restores, on another mesh too; damage and failures are seen alike by all."""
 
+import importlib
 import json
-import os
 import pathlib
 import shutil
-import socket
-import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests"))
+labs = importlib.import_module("lab")
 
 # Arguments: process, number of processes, port, then the job: a json list of [what, ...]. Prints
 # what it saw as json. The net is a matrix product, so its gradient is summed over the batch.
@@ -50,8 +50,8 @@ class Lab:
     def __init__(self, layout):
         self.devices = mesh.make(AXES[layout])
         bare = jax.eval_shape(first)
-        self.layout = mesh.shardings(bare, self.devices, RULES[layout])
-        self.like = jax.tree.map(lambda leaf, s: leaf.update(sharding=s), bare, self.layout)
+        self.like = mesh.placed(bare, self.devices, RULES[layout])
+        self.layout = jax.tree.map(lambda leaf: leaf.sharding, self.like)
         out = (self.layout, mesh.replicated(self.devices))
         self.step = jax.jit(train_step, out_shardings=out)
 
@@ -115,27 +115,8 @@ print(json.dumps({"said": said, "seen": seen, "processes": jax.process_count()})
 
 def run(num_processes: int, *jobs: tuple, num_devices: int = 4) -> list[dict]:
     """What each process saw."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {
-        **os.environ, "JAX_NUM_CPU_DEVICES": str(num_devices // num_processes),
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
     work = json.dumps(jobs, default=str)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *map(str, (process, num_processes, port)), work],
-            cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for process in range(num_processes)
-    ]  # fmt: skip
-    answers = [process.communicate(timeout=100) for process in processes]
-    for process, (_, err) in zip(processes, answers, strict=True):
-        assert process.returncode == 0, err
-    seen = [json.loads(out.splitlines()[-1]) for out, _ in answers]
-    assert all(each["processes"] == num_processes for each in seen)
-    return seen
+    return labs.run_on_hosts(PROGRAM, num_processes, work, num_devices=num_devices, seconds=100)
 
 
 @pytest.fixture(scope="module")

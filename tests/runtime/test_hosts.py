@@ -3,6 +3,7 @@
 Processes on this machine, which talk through gloo.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -19,6 +20,8 @@ from slam_jax.errors import UserError
 from slam_jax.runtime import hosts, peers
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests"))
+labs = importlib.import_module("lab")
 TIMEOUT_S = 8
 
 # Arguments: what goes wrong, and in which process; then the flags. Prints what it is as json.
@@ -76,12 +79,6 @@ def clean() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHERS)}
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
-
-
 def begin(*flags: str, fault: str = "", num_steps: int = 4, **environment) -> subprocess.Popen:
     env = {
         **clean(), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
@@ -94,7 +91,7 @@ def begin(*flags: str, fault: str = "", num_steps: int = 4, **environment) -> su
 
 
 def begin_two(**options) -> list[subprocess.Popen]:
-    port = free_port()
+    port = labs.free_port()
     return [
         begin(
             f"--coordinator=localhost:{port}", "--num-processes=2", f"--process-id={process}",
@@ -105,13 +102,7 @@ def begin_two(**options) -> list[subprocess.Popen]:
 
 
 def end(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
-    """(exit status, stdout, stderr) of each."""
-    try:
-        told = [process.communicate(timeout=60) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, out, err) for p, (out, err) in zip(processes, told, strict=True)]
+    return labs.end(processes, seconds=60)
 
 
 def errors(err: str) -> list[str]:
@@ -149,7 +140,7 @@ def mpich(process: int, port: int) -> dict[str, str]:
     [(slurm, False), (open_mpi_4, False), (open_mpi, True), (mpich, True)],
 )
 def test_processes_find_each_other_under_a_launcher(launcher, told_where):
-    port = free_port()
+    port = labs.free_port()
     flags = [f"--coordinator=localhost:{port}"] if told_where else []
     done = end([begin(*flags, **launcher(process, port)) for process in range(2)])
     for process, (status, out, err) in enumerate(done):
@@ -235,7 +226,7 @@ def test_a_busy_port_is_told(monkeypatch):
 
 def test_a_process_that_does_not_come_is_told_in_time():
     """Process 1 of a job without 0, and 0 of a job without 1."""
-    ports = free_port(), free_port()
+    ports = labs.free_port(), labs.free_port()
     began = time.monotonic()
     done = end(
         [
