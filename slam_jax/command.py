@@ -1,6 +1,7 @@
 """Programs that answer a user's mistake with one line on stderr and exit status 2."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -76,6 +77,8 @@ def _guarded(
     # Orbax tells of every file it writes, and of every error with its whole stack, though it
     # raises it too.
     logging.set_verbosity(logging.FATAL)
+    # What it had not begun of a failed save, Python would tell of below our own last line.
+    warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
     status = 0
     try:
         main()

@@ -1,6 +1,22 @@
 """What the programs say on stderr."""
 
+import subprocess
+import sys
+
 from slam_jax import command
+
+FAILS_WITH_WORK_LEFT_OVER = """
+from slam_jax import command, errors
+
+def main():
+    async def not_begun(): pass
+    in_a_cycle = [not_begun()]
+    in_a_cycle.append(in_a_cycle)
+    del in_a_cycle  # is found when Python ends
+    raise errors.UserError("this")
+
+command.run(main, required=())
+"""
 
 
 def test_a_cut_prompt_is_told_with_what_was_lost(capsys):
@@ -19,3 +35,9 @@ def test_names_of_flags_may_have_dashes():
     assert command.underscored("--init-image") == "--init_image"
     for unchanged in ("a-b", "-v", "--", "--config.data.source=a-b"):
         assert command.underscored(unchanged) == unchanged
+
+
+def test_an_error_is_the_last_line():
+    command = [sys.executable, "-c", FAILS_WITH_WORK_LEFT_OVER]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: this\n")
