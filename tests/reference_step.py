@@ -60,7 +60,7 @@ def method_of(settings: reference_recording.Settings, levels: schedule.Schedule)
         length=settings.skip,
         stride=settings.skip,
         w=settings.w_scale,
-        sigma=subpath.sigma_markov,
+        point=subpath.told_t(subpath.sigma_markov),
         distance=loss.pseudo_huber(settings.huber_c),
         gamma_law=laws.uniform,
     )

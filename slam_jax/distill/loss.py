@@ -30,7 +30,7 @@ class Method(NamedTuple):
     length: int  # of a sub-path, in training times: k
     stride: int  # of the teacher's solver: k_phi; length / stride steps in all
     w: float  # guidance weight, 0 = conditional only
-    sigma: Callable[[Coeff, Coeff, Coeff, Coeff, Coeff], Coeff]  # one of subpath.sigma_*
+    point: subpath.PointOf  # what the student is fed: told_t(sigma_*) or matched
     distance: Callable[[Latent, Latent], PerExample]
     gamma_law: GammaLaw
 
@@ -75,6 +75,11 @@ def checked(method: Method) -> Method:
             f"student is never trained (such as {untrained[-1]}): make length a multiple of their "
             f"spacing {np.diff(times, prepend=-1).min()}, or draw t from all times"
         )
+    if method.point is subpath.matched and not np.asarray(method.schedule.alpha).all():
+        raise UserError(
+            "sigma 'matched' tells points of a sub-path apart by their noise-to-signal ratio, which "
+            "is infinite where the schedule ends without signal; choose markov, ddim or fixed"
+        )
     return method
 
 
@@ -113,12 +118,11 @@ def terms(
     x_s = jax.lax.stop_gradient(x_s)
     alpha_s, sigma_s = schedule(s)
 
-    # The student anywhere on it. Signal level alpha_t and time t belong to every gamma.
-    x_gamma = subpath.interpolate(x_s, x_t, alpha_s, alpha_t, draw.gamma)
-    sigma_gamma = method.sigma(alpha_t, sigma_t, alpha_s, sigma_s, draw.gamma)
-    student_output = student(x_gamma, t, text, draw.gamma)
-    student_x0 = to_x0(x_gamma, student_output, alpha_t, sigma_gamma)
-    f_student = parameterization.consistency(x_gamma, student_x0, t)
+    # The student anywhere on it.
+    point = method.point(schedule, x_s, s, x_t, t, draw.gamma)
+    student_output = student(point.x, point.t, text, point.gamma)
+    student_x0 = to_x0(point.x, student_output, point.alpha, point.sigma)
+    f_student = parameterization.consistency(point.x, student_x0, point.t)
 
     # The target at its clean end, where gamma = 1 is the point x_s itself.
     target_output = target(x_s, s, text, jnp.ones_like(draw.gamma))
@@ -126,7 +130,7 @@ def terms(
     f_target = jax.lax.stop_gradient(parameterization.consistency(x_s, target_x0, s))
 
     return Terms(
-        t, s, x_t, x_s, x_gamma, sigma_gamma,
+        t, s, x_t, x_s, point.x, point.sigma,
         student_output, student_x0, f_student, target_output, f_target,
     )  # fmt: skip
 

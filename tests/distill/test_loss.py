@@ -27,7 +27,7 @@ METHOD = loss.Method(
     length=20,
     stride=20,
     w=3.0,
-    sigma=subpath.sigma_markov,
+    point=subpath.told_t(subpath.sigma_markov),
     distance=loss.pseudo_huber(HUBER_C),
     gamma_law=gamma.uniform,
 )
@@ -187,10 +187,36 @@ def test_gamma_one_makes_it_the_lcm_loss(w, squared):
 
 @pytest.mark.parametrize("sigma", [subpath.sigma_ddim, subpath.sigma_fixed])
 def test_noise_level_is_the_function_that_the_method_names(sigma):
-    ours, published = our_loss(METHOD._replace(sigma=sigma)), our_loss(METHOD)
+    ours, published = our_loss(METHOD._replace(point=subpath.told_t(sigma))), our_loss(METHOD)
     at_one = GAMMA.ravel() == 1.0
     np.testing.assert_allclose(ours[at_one], published[at_one], rtol=1e-6)
     assert (np.abs(ours - published)[~at_one] > 1e-5).any()
+
+
+def test_matched_points_are_those_of_lcm_at_their_own_times():
+    """Told the time of the point, the student is asked what LCM asks it there."""
+    at_one = METHOD._replace(point=subpath.matched)
+    ones = gamma.ones(jax.random.key(0), len(INDEX), 0.0)
+    lcm = our_loss(METHOD, position=ones)
+    np.testing.assert_allclose(our_loss(at_one, position=ones), lcm, rtol=1e-6)
+    told = []
+
+    def student(x, t, text, position):
+        told.append((t, position))
+        return x
+
+    loss.terms(
+        student, *nets(WEIGHT)[1:], at_one, *float32(X_0, TEXT, NULL_TEXT), draw(GAMMA, INDEX)
+    )
+    ((t, position),) = told
+    ends = np.asarray(GRID)[INDEX]
+    assert (t <= ends).all() and (t >= ends - 20).all() and (position == 1).all()
+
+
+def test_matched_points_need_signal_at_every_time():
+    lost = METHOD.schedule._replace(alpha=METHOD.schedule.alpha.at[-1].set(0.0))
+    with pytest.raises(errors.UserError, match="infinite.*choose markov"):
+        loss.checked(METHOD._replace(point=subpath.matched, schedule=lost))
 
 
 # --- What is trained, and what is not ----------------------------------------------------------

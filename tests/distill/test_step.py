@@ -26,7 +26,7 @@ def _gamma_law(key, batch, progress):
 
 METHOD = loss.Method(
     SCHEDULE, parameterization.EPSILON, solver.start_grid(50, 1000), 20, 20, 2.0,
-    subpath.sigma_markov, loss.pseudo_huber(1e-3), _gamma_law,
+    subpath.told_t(subpath.sigma_markov), loss.pseudo_huber(1e-3), _gamma_law,
 )  # fmt: skip
 ADAMW = optimizer.adamw(1e-2, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
 ACCUMULATE = 2
