@@ -64,6 +64,11 @@ def draw(position=GAMMA, index=INDEX):
     return loss.Draw(jnp.asarray(index), *float32(NOISE, position))
 
 
+def all_terms(student, target, teacher, method, x_0, text, null_text, drawn):
+    ends = loss.pair(teacher, method, x_0, text, null_text, drawn)
+    return loss.terms(student, target, method, ends, text, drawn.gamma)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def compiled(function, *arrays):
     return function(*arrays)
@@ -205,7 +210,7 @@ def test_matched_points_are_those_of_lcm_at_their_own_times():
         told.append((t, position))
         return x
 
-    loss.terms(
+    all_terms(
         student, *nets(WEIGHT)[1:], at_one, *float32(X_0, TEXT, NULL_TEXT), draw(GAMMA, INDEX)
     )
     ((t, position),) = told
@@ -267,7 +272,7 @@ def test_each_example_stands_alone():
 def test_fine_grid_serves_long_subpaths_too():
     method = loss.checked(METHOD._replace(length=100, stride=20))
     values = compiled(
-        lambda *arrays: loss.terms(*nets(), method, *arrays, draw()),
+        lambda *arrays: all_terms(*nets(), method, *arrays, draw()),
         *float32(X_0, TEXT, NULL_TEXT),
     )
     # 259 and 759 are visited by four-step sampling; a 100-spaced grid would lack them.
@@ -304,7 +309,7 @@ def test_low_precision_never_touches_times():
         return (x.astype(jnp.bfloat16) * text.mean()).astype(jnp.bfloat16)
 
     low = (jnp.asarray(array, jnp.bfloat16) for array in (X_0, TEXT, NULL_TEXT))
-    values = loss.terms(watched, watched, watched, METHOD, *low, draw())
+    values = all_terms(watched, watched, watched, METHOD, *low, draw())
     floats = (value for value in values if jnp.issubdtype(value.dtype, jnp.floating))
     assert sum(value.dtype != jnp.float32 for value in floats) == 2  # the two raw outputs
     (t, position), (s, one) = seen[-2:]
