@@ -160,8 +160,7 @@ def programs(lab: Laboratory) -> Programs:
     def gaps(params, rows):
         ends, text = rows
         ones, bound = jnp.ones((len(text), 1, 1, 1)), partial(net, params)
-        values = loss.terms(bound, bound, method, ends, text, ones)
-        return method.distance(values.f_student, values.f_target)
+        return loss.slam_loss(bound, bound, method, ends, text, ones)
 
     return Programs({steps: laboratory.few_step(lab, steps) for steps in STEPS}, gaps)
 

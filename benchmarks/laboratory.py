@@ -126,8 +126,8 @@ def mean_loss(net: Callable, method: loss.Method) -> Callable:
     """(student's parameters, target's, ends, text, gamma) -> scalar."""
 
     def of(student: Any, target: Any, ends: loss.Pair, text: jax.Array, gamma: jax.Array):
-        values = loss.terms(partial(net, student), partial(net, target), method, ends, text, gamma)
-        return jnp.mean(method.distance(values.f_student, values.f_target))
+        bound = (partial(net, student), partial(net, target))
+        return jnp.mean(loss.slam_loss(*bound, method, ends, text, gamma))
 
     return of
 

@@ -155,16 +155,13 @@ def terms(
 def slam_loss(
     student: StudentNet,
     target: StudentNet,
-    teacher: TeacherNet,
     method: Method,
-    x_0: Latent,
+    ends: Pair,
     text: Conditioning,
-    null_text: guidance.NullText,
-    draw: Draw,
+    gamma: Coeff,
 ) -> PerExample:
     """Distance between student and target for each example; the step takes the mean."""
-    ends = pair(teacher, method, x_0, text, null_text, draw)
-    values = terms(student, target, method, ends, text, draw.gamma)
+    values = terms(student, target, method, ends, text, gamma)
     return method.distance(values.f_student, values.f_target)
 
 

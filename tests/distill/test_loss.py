@@ -69,6 +69,11 @@ def all_terms(student, target, teacher, method, x_0, text, null_text, drawn):
     return loss.terms(student, target, method, ends, text, drawn.gamma)
 
 
+def all_losses(student, target, teacher, method, x_0, text, null_text, drawn):
+    ends = loss.pair(teacher, method, x_0, text, null_text, drawn)
+    return loss.slam_loss(student, target, method, ends, text, drawn.gamma)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def compiled(function, *arrays):
     return function(*arrays)
@@ -79,7 +84,7 @@ def our_loss(method, weights=WEIGHT, position=GAMMA, index=INDEX):
 
     @jax.jit
     def run(x_0, text, null_text, draw):
-        return loss.slam_loss(*nets(weights), method, x_0, text, null_text, draw)
+        return all_losses(*nets(weights), method, x_0, text, null_text, draw)
 
     return run(*float32(X_0, TEXT, NULL_TEXT), draw(position, index))
 
@@ -256,7 +261,7 @@ def test_each_example_stands_alone():
 
     @jax.jit
     def run(x_0, text, null_text, draw):
-        return loss.slam_loss(*nets(), METHOD, x_0, text, null_text, draw)
+        return all_losses(*nets(), METHOD, x_0, text, null_text, draw)
 
     shuffled = run(
         *float32(X_0[order], TEXT[order], NULL_TEXT[order]),
