@@ -27,9 +27,8 @@ def module(name: str) -> types.ModuleType:
 
 
 def untrained() -> torch.nn.Module:
-    """Random, and different in every number that a file has."""
+    """With random weights and batch norms' statistics, every number its own."""
     net_type = module("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-    torch.manual_seed(0)
     # torch's own first weights take seconds to draw.
     with (
         mock.patch.object(torch, "load"),
@@ -37,26 +36,27 @@ def untrained() -> torch.nn.Module:
         torch.device("meta"),
     ):
         net = net_type("inception", ["2048"], "unread")
-    net.to_empty(device="cpu")
-    for tensor in net.state_dict().values():
-        tensor.copy_(torch.rand(tensor.shape))
+    net.to_empty(device="cpu").eval()
+    torch.manual_seed(0)
+    for name, tensor in net.state_dict().items():
+        if tensor.ndim > 1:
+            tensor.normal_(0.0, (2.0 / tensor[0].numel()) ** 0.5)
+        elif name.endswith(("bn.weight", "running_var")):
+            tensor.uniform_(0.6, 1.4)
+        elif tensor.is_floating_point():
+            tensor.normal_(0.0, 0.5)
+        else:
+            tensor.fill_(1)
     return net
 
 
 def inception() -> torch.nn.Module:
-    """Random kernels, and batch norms that have seen pictures, so that activations keep a scale."""
+    """The same after its batch norms have seen pictures, so that activations keep their scale."""
     net = untrained()
-    for name, parameter in net.named_parameters():
-        if parameter.ndim == 4:
-            parameter.normal_(0.0, (2.0 / parameter[0].numel()) ** 0.5)
-        elif name.endswith("bn.weight"):
-            parameter.uniform_(0.6, 1.4)
-        elif name.endswith("bn.bias"):
-            parameter.normal_(0.0, 0.5)
     for layer in net.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = 1.0
-    net.train()(to_torch(pictures(4, 40, 40)))
+    net.train()(to_torch(pictures(2, 40, 40)))
     return net.eval()
 
 

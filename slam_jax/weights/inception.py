@@ -76,11 +76,9 @@ def _state_dict(path: Path) -> dict[str, np.ndarray]:
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except _BROKEN as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path} is cut short or no state dict of tensors ({reason}); {_REMEDY}"
-        ) from None
+    except _BROKEN:
+        # torch's own words go on for lines, and advise to run the pickle.
+        raise UserError(f"{path} is cut short or no state dict of tensors; {_REMEDY}") from None
     if not isinstance(loaded, Mapping) or not all(map(torch.is_tensor, loaded.values())):
         raise UserError(f"{path} is no state dict of tensors alone; {_REMEDY}")
     return {name: tensor.float().numpy() for name, tensor in loaded.items()}
