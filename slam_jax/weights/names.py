@@ -7,7 +7,10 @@ files spell differently is brought to those names here.
 import re
 
 # Linen's leaf -> torch's.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = {
+    "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
+    "mean": "running_mean", "var": "running_var",
+}  # fmt: skip
 
 # A list's module is named with a dot by torch, with a line by Flax; linear_1 is no list's.
 _FLAX_NUMBER = re.compile(r"(?<!^linear)_(\d+)$")
