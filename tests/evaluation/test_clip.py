@@ -98,6 +98,15 @@ def test_name_and_fingerprint_state_what_a_score_stands_on(clip_folder, scorer, 
     assert len(found) == 6 and all(re.fullmatch("[0-9a-f]{64}", each) for each in found)
 
 
+def test_products_are_of_full_precision_whatever_the_default(scorer, pictures):
+    prepared = jax.device_put(scorer.pictures.prepare(pictures[:1]))
+    apply = scorer.pictures.apply
+    with jax.default_matmul_precision("default"):
+        text = apply.func.lower(*apply.args, prepared).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution)\b.*", text)
+    assert products and all("HIGHEST" in product for product in products)
+
+
 def test_parameters_go_where_they_are_placed(clip_folder, pictures):
     """And pictures spread over the devices are scored there."""
     devices = mesh.make((("data", -1),))
@@ -154,9 +163,13 @@ def test_a_tokenizer_of_more_words_is_refused(clip_folder, tmp_path):
 def test_hpsv2_is_for_its_own_architecture_alone(clip_folder, tmp_path):
     with pytest.raises(UserError, match="hidden_size 16, not 1024, so it is no ViT-H/14"):
         clip.hps_scorer(str(clip_folder))
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    (folder / "open_clip_model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="model.safetensors; remove what is not HPSv2's"):
+        clip.hps_scorer(str(folder))
     pickle = tmp_path / "HPS_v2_compressed.pt"
     pickle.write_bytes(b"\x80\x02")
-    with pytest.raises(UserError, match="pickle, which is never opened; save it once"):
+    with pytest.raises(UserError, match="pickle, which is never opened; convert it once"):
         clip.hps_scorer(str(pickle))
 
 

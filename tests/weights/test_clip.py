@@ -85,6 +85,63 @@ def test_reads_flaxs_msgpack_where_there_are_no_safetensors(folder):
     assert_reads_as(clip.read(folder), expected)
 
 
+def in_open_clips_layout(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As OpenCLIP keeps a CLIPModel's tensors: queries, keys and values in one, and so on."""
+    renamed = {"logit_scale": torch.tensor(1.0), "attn_mask": torch.zeros(77, 77)}
+    simple = {
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.final_layer_norm": "ln_final",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.patch_embedding": "visual.conv1",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.pre_layrnorm": "visual.ln_pre",
+        "vision_model.post_layernorm": "visual.ln_post",
+        "vision_model.encoder.layers": "visual.transformer.resblocks",
+        "text_model.encoder.layers": "transformer.resblocks",
+        "self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
+        "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    }  # fmt: skip
+    for name, tensor in tensors.items():
+        if name.endswith("_projection.weight"):
+            key = "visual.proj" if name.startswith("visual") else "text_projection"
+            renamed[key] = tensor.T.contiguous()
+            continue
+        if ".k_proj." in name or ".v_proj." in name or name == "logit_scale":
+            continue
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            tensor = torch.cat(parts)
+            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
+        for ours, theirs in simple.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    return renamed
+
+
+def to_open_clip(folder) -> dict[str, torch.Tensor]:
+    path = folder / "model.safetensors"
+    renamed = in_open_clips_layout(safetensors_torch.load_file(path))
+    path.unlink()
+    safetensors_torch.save_file(renamed, folder / "open_clip_model.safetensors")
+    return renamed
+
+
+def test_reads_open_clips_layout(folder):
+    expected = tensors(folder)
+    to_open_clip(folder)
+    assert_reads_as(clip.read(folder), expected)
+
+
+@pytest.mark.parametrize("key", ["visual.proj", "transformer.resblocks.1.attn.in_proj_weight"])
+def test_open_clip_tensors_of_another_shape_are_refused(folder, key):
+    renamed = to_open_clip(folder)
+    renamed[key] = renamed[key][1:].contiguous()
+    safetensors_torch.save_file(renamed, folder / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match=f"open_clip_model.safetensors: tensor '{key}' has shape"):
+        clip.read(folder)
+
+
 OLDER = {
     "text_config": {"hidden_size": 7, "bad_words_ids": None, "temperature": 1.0, "eos_token_id": 2},
     "text_config_dict": {"hidden_size": 32, "hidden_act": "gelu", "projection_dim": 9},
@@ -184,7 +241,10 @@ def _without(file):
         (_without("preprocessor_config.json"), "holds neither preprocessor_config.json nor"),
         (_without("merges.txt"), "has neither vocab.json with merges.txt nor tokenizer.json"),
         (_no_weights, "has no model.safetensors; copy or download the folder again"),
-        (_only_a_pickle, "only pytorch_model.bin, a pickle, which is never opened; save it once"),
+        (
+            _only_a_pickle,
+            "only pytorch_model.bin, a pickle, which is never opened; convert it once",
+        ),
         (_edits("config.json", model_type="siglip"), "is of model_type 'siglip', not 'clip'"),
         (
             _edits("config.json", architectures=["CLIPVisionModel"]),
@@ -209,7 +269,7 @@ def test_a_file_is_no_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x02")
     with pytest.raises(UserError, match="pickle, which is never|is no folder; give") as caught:
         clip.read(tmp_path / name)
-    assert ("save_pretrained" in str(caught.value)) == name.endswith(".pt")
+    assert ("weights_only=True" in str(caught.value)) == name.endswith(".pt")
 
 
 def test_parameters_are_float32_on_the_host(clip_folder):
