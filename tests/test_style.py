@@ -271,6 +271,7 @@ BELOW = {
     "students": ZERO | {"diffusion", "nets", "weights"},
 }
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
+BELOW["evaluation"] = set(BELOW) - {"__init__", "experiment", "distill"}
 DRIVERS = ("train", "sample", "evaluate", "export", "prepare", "dry_run")
 BELOW["program"] = BELOW["experiment"] | {"experiment", "runtime"}
 BELOW["arguments"] = BELOW["program"]
@@ -301,7 +302,7 @@ def imported_functions(source: Source) -> Found:
     """
     for line, name in imports(source.tree):
         *module, last = name.split(".")
-        packages = {"diffusion", "nets", "data", "runtime", "distill", "weights", "metrics"}
+        packages = {"diffusion", "nets", "data", "runtime", "distill", "weights", "metrics", "evaluation"}
         whole = len(module) == 1 or (len(module) == 2 and module[1] in packages | {"settings"})
         if module[:1] == ["slam_jax"] and not whole and not last.lstrip("_")[:1].isupper():
             yield line, f"from {'.'.join(module)} import {last}"

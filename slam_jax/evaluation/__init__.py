@@ -1,0 +1,1 @@
+"""What a number stands on: prompts, references, features, and how they become a table."""
