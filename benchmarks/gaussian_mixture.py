@@ -47,7 +47,6 @@ SCHEDULER = {
 }
 STEPS = (1, 2, 4)
 _EMBEDDING_DIM = 64
-_DATA = 9000
 
 
 class Student(nn.Module):
@@ -168,7 +167,10 @@ def truth(data: mixtures.Mixture, method: loss.Method, options) -> Truth:
     """The flow is followed through every time of the training."""
     noise_key, data_key = jax.random.split(jax.random.key(2**31))
     shape = (max(STEPS), options.samples, 1, 1, data.means.shape[1])
-    noise, y = jax.random.normal(noise_key, shape), mixtures.draw(data, data_key, _DATA)[:, 0, 0]
+    noise, y = (
+        jax.random.normal(noise_key, shape),
+        mixtures.draw(data, data_key, 2 * options.samples)[:, 0, 0],
+    )
     end = jax.jit(partial(follow, data, method, stride=1))(noise[0])
     return Truth(noise, end, y, jax.jit(mixtures.within)(y))
 
@@ -265,12 +267,11 @@ def main() -> None:
 
     keys = jax.random.split(jax.random.key(0), options.seeds)
     begin = jax.jit(jax.vmap(partial(fit, data, shared.schedule, options)))(keys)
-    first = None
+    score, first = jax.jit(partial(judge, networks, shared)), None
     for form, chosen in methods.items():
         started = time.perf_counter()
         train = jax.jit(jax.vmap(partial(distil, networks, chosen, options)))
         end = train(begin, keys)
-        score = jax.jit(partial(judge, networks, chosen))
         by_seed = [
             jax.device_get(score(known, jax.tree.map(lambda leaf, n=n: leaf[n], end)))
             for n in range(options.seeds)
