@@ -64,7 +64,7 @@ class Student(nn.Module):
         )(t, condition)
         hidden = x[:, 0, 0]
         for _ in range(3):
-            hidden = nn.silu(nn.Dense(self.width)(hidden) + nn.Dense(self.width)(nn.silu(told)))
+            hidden = nn.silu(nn.Dense(self.width)(hidden) + told)
         return x + jnp.reshape(nn.Dense(x.shape[-1])(hidden), x.shape)
 
 
