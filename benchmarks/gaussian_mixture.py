@@ -28,16 +28,22 @@ from slam_jax.distill import gamma, loss, state, step, teacher
 from slam_jax.errors import UserError
 from slam_jax.nets import embeddings
 
-# Name -> (spread of x_gamma, law of gamma); all are the same at gamma = 1.
+_PUBLISHED, _FIXED = (
+    subpath.told_t(spread) for spread in (subpath.sigma_markov, subpath.sigma_fixed)
+)
+_HALF, _ANNEALED = gamma.mixture(0.5), gamma.annealed(0.0, 1.0, 0.5)
+# Name -> (what the student is fed, law of gamma); all are the same at gamma = 1.
 FORMS = {
-    "lcm": (subpath.sigma_fixed, gamma.ones),
-    "published": (subpath.sigma_markov, gamma.uniform),
-    "uniform-ddim": (subpath.sigma_ddim, gamma.uniform),
-    "uniform-fixed": (subpath.sigma_fixed, gamma.uniform),
-    "mixture": (subpath.sigma_markov, gamma.mixture(0.5)),
-    "mixture-fixed": (subpath.sigma_fixed, gamma.mixture(0.5)),
-    "anneal": (subpath.sigma_markov, gamma.annealed(0.0, 1.0, 0.5)),
-    "anneal-fixed": (subpath.sigma_fixed, gamma.annealed(0.0, 1.0, 0.5)),
+    "lcm": (_FIXED, gamma.ones),
+    "published": (_PUBLISHED, gamma.uniform),
+    "uniform-fixed": (_FIXED, gamma.uniform),
+    "uniform-matched": (subpath.matched, gamma.uniform),
+    "mixture": (_PUBLISHED, _HALF),
+    "mixture-fixed": (_FIXED, _HALF),
+    "mixture-matched": (subpath.matched, _HALF),
+    "anneal": (_PUBLISHED, _ANNEALED),
+    "anneal-fixed": (_FIXED, _ANNEALED),
+    "anneal-matched": (subpath.matched, _ANNEALED),
 }
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -244,13 +250,13 @@ def parse() -> argparse.Namespace:
 def method(form: str, options) -> loss.Method:
     """The loss of that form, without guidance."""
     levels = schedule.from_config(SCHEDULER)
-    sigma, law = FORMS[form]
+    point, law = FORMS[form]
     return loss.checked(
         loss.Method(
             schedule=levels, prediction=parameterization.EPSILON,
             times=solver.start_grid(50, levels.alpha.size),
             length=options.length, stride=options.stride, w=0.0,
-            sigma=sigma, distance=loss.pseudo_huber(1e-3), gamma_law=law,
+            point=point, distance=loss.pseudo_huber(1e-3), gamma_law=law,
         )
     )  # fmt: skip
 

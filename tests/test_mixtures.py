@@ -54,7 +54,7 @@ def test_the_flow_of_a_single_gaussian_ends_where_it_must():
     data = mixtures.Mixture(jnp.array([[1.0, -0.5]]), 0.15)
     method = loss.Method(
         LEVELS, parameterization.EPSILON, solver.start_grid(50, 1000), 20, 20, 0.0,
-        subpath.sigma_fixed, loss.squared, gamma.ones,
+        subpath.matched, loss.squared, gamma.ones,
     )  # fmt: skip
     x = RANDOM.normal(size=(4, 1, 1, 2)).astype(np.float32)
     first, last = (
