@@ -48,25 +48,24 @@ def dry_run(settings: Settings, topology: str | None, in_parts: bool) -> None:
     counts = _counts(settings, teacher, parts, built, frozen, batch, traced, len(places))
     if in_parts:
         pieces = program.pieces(settings, parts, built, devices, frozen, batch, key)
-        found = [_compiled(each.lowered, places, topology, each.name) for each in pieces]
-        run = [(each, piece.times, piece.beside) for each, piece in zip(found, pieces, strict=True)]
-        compiled = aot.together(run, sum(own for _, own in counts.bytes_of.values()))
-        # What the step touches once is the last piece's.
-        counts = counts._replace(changing=found[-1].traffic / 2)
+        compiled, counts = _added(pieces, places, topology, counts)
     else:
         compiled = _compiled(traced.lower(), places, topology, "the step")
     chip = chips.find(places)
     print(f"compiled in {compiled.seconds:.0f} s{', in parts that are added up' * in_parts}\n")
     print(forecast.text(counts, compiled, chip))
-    line = {
-        "program": "dry_run", "topology": topology, "in_parts": in_parts,
-        "device": places[0].device_kind, "mesh": dict(devices.shape),
-        "teacher": settings.teacher.model, "config": as_dict(settings),
+    line = _setting(settings, devices, batch) | forecast.as_json(counts, compiled, chip)
+    print(f"\n{json.dumps(line | {'topology': topology, 'in_parts': in_parts})}", flush=True)
+
+
+def _setting(settings: Settings, devices: Mesh, batch: Mapping) -> dict[str, Any]:
+    """What the numbers are of."""
+    return {
+        "program": "dry_run", "device": devices.devices.flat[0].device_kind,
+        "mesh": dict(devices.shape), "teacher": settings.teacher.model, "config": as_dict(settings),
         "batch": {name: [*leaf.shape, leaf.dtype.name] for name, leaf in batch.items()},
-        **forecast.as_json(counts, compiled, chip), "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "jax": jax.__version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
     }  # fmt: skip
-    print(f"\n{json.dumps(line)}", flush=True)
 
 
 def _heading(
@@ -87,6 +86,17 @@ def _heading(
         f"networks  student {settings.student.dtype}, remat {settings.student.remat}; "
         f"others {settings.teacher.dtype}",
     ])  # fmt: skip
+
+
+def _added(
+    pieces: list[program.Piece], places: list[jax.Device], topology: str | None,
+    counts: forecast.Counts,
+) -> tuple[aot.Compiled, forecast.Counts]:  # fmt: skip
+    """The step, from its pieces; what it touches once a step is the last one's."""
+    found = [_compiled(piece.lowered, places, topology, piece.name) for piece in pieces]
+    run = [(each, piece.times, piece.beside) for each, piece in zip(found, pieces, strict=True)]
+    whole = aot.together(run, sum(own for _, own in counts.bytes_of.values()))
+    return whole, counts._replace(changing=found[-1].traffic / 2)
 
 
 def _compiled(
