@@ -80,7 +80,8 @@ class Lab:
         self.folder = folder
         self.environment = {
             **os.environ, "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            # One for all labs of a process, whose programs are often the same.
+            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "PYTHONPATH": os.pathsep.join([str(folder / "blocker"), str(ROOT)]),

@@ -35,8 +35,6 @@ def _run(folder, *arguments, **environment):
         env={
             **os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"),
             "JAX_NUM_CPU_DEVICES": "8",
-            # Half the time, and the same program as far as it is looked at.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
             **environment,
         },
     )  # fmt: skip

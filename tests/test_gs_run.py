@@ -70,8 +70,6 @@ def lab(cloud, tiny_folder, tmp_path_factory):
     found = labs.Lab(folder, folder / "small")
     temporary = found.folder / "temporary"
     temporary.mkdir()
-    # Compiling would take most of the time.
-    found.environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     found.environment |= {"TMPDIR": str(temporary)}
     return found
 

@@ -35,8 +35,6 @@ def workdir(tiny_folder, tmp_path_factory):
         "JAX_DEBUG_KEY_REUSE": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        # Compiling would take most of the time.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     }  # fmt: skip
     for num_steps in (2, 3):
         subprocess.run(

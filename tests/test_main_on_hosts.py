@@ -26,10 +26,7 @@ FLAGS = (f"--config.faults.timeout_s={TIMEOUT_S}",)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny_folder):
-    found = labs.Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
-    # Compiling would take most of the time.
-    found.environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    return found
+    return labs.Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
 
 
 def finish(lab, workdir: str, *flags: str) -> pathlib.Path:

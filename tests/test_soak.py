@@ -54,10 +54,7 @@ def table(pytestconfig) -> Iterator[list[Row]]:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, tiny_folder):
-    found = labs.Lab(tmp_path_factory.mktemp("soak"), tiny_folder)
-    # Compiling would take most of the time.
-    found.environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    return found
+    return labs.Lab(tmp_path_factory.mktemp("soak"), tiny_folder)
 
 
 @pytest.fixture(scope="module")
