@@ -1,0 +1,111 @@
+"""The numbers of benchmarks/comparison.py, seed by seed and as a table.
+
+    python benchmarks/comparison_table.py --keep runs/comparison --out comparison.jsonl
+
+Means over seeds with their standard errors; then each arm's difference from LCM on the same walk,
+seed by seed, so that what the seeds have in common drops out.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# So that a checkout runs where it is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import numpy as np
+
+from benchmarks import comparison
+from slam_jax.metrics import fid, precision_recall
+from slam_jax.runtime import folder
+
+_SHOWN = (
+    *(f"frechet_{steps}" for steps in comparison.STEPS),
+    *(f"accuracy_{steps}" for steps in comparison.STEPS[:3]),
+    "precision_2", "recall_2", "endpoint_1",
+)  # fmt: skip
+
+
+def numbers(path: pathlib.Path) -> dict[str, Any]:
+    """Those of a file that benchmarks/comparison.py left."""
+    name, _, seed = path.stem.rpartition("-")
+    with np.load(path) as kept:
+        found = dict(kept)
+    real = found["real"]
+    reference = fid.fit(real)
+    line: dict[str, Any] = {
+        "arm": name, "seed": int(seed), "num_steps": len(found["losses"]),
+        "loss": float(found["losses"][-50:].mean()), "seconds": float(found["seconds"]),
+    }  # fmt: skip
+    for steps in comparison.STEPS:
+        features = found[f"features_{steps}"]
+        near = precision_recall.precision_recall(real, features)
+        line[f"frechet_{steps}"] = fid.frechet_distance(fid.fit(features), reference)
+        line |= {f"{what}_{steps}": value for what, value in near._asdict().items()}
+        for what in ("accuracy", "endpoint"):
+            line[f"{what}_{steps}"] = float(found[f"{what}_{steps}"])
+    curve = zip(comparison.CURVE, found["curve"].tolist(), strict=True)
+    return line | {"error_curve": {str(t): value for t, value in curve}}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: means and standard errors, then the paired differences from LCM."""
+    arms = comparison.arms()
+    of = {name: {line["seed"]: line for line in lines if line["arm"] == name} for name in arms}
+    present = [name for name in arms if of[name]]
+    means = [[name, str(len(of[name])), *_cells(of[name].values())] for name in present]
+    differences = []
+    for name in present:
+        base = next((other for other in present if _is_lcm_of(arms[other], arms[name])), None)
+        if base is None or base == name:
+            continue
+        shared = sorted(of[name].keys() & of[base].keys())
+        gaps = [
+            {key: of[name][seed][key] - of[base][seed][key] for key in _SHOWN} for seed in shared
+        ]
+        differences.append([f"{name} - {base}", str(len(shared)), *_cells(gaps)])
+    head = ["", "seeds", *_SHOWN]
+    return "\n\n".join(_markdown(head, rows) for rows in (means, differences) if rows)
+
+
+def _is_lcm_of(arm: comparison.Arm, other: comparison.Arm) -> bool:
+    lcm = arm.form.get("gamma") == ("ones",)
+    return lcm and arm._replace(form={}) == other._replace(form={}, cond_proj=arm.cond_proj)
+
+
+def _cells(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = list(lines)
+    return [_mean([line[key] for line in lines]) for key in _SHOWN]
+
+
+def _mean(values: list[float]) -> str:
+    mean = np.mean(values)
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=pathlib.Path, default=pathlib.Path("runs/comparison"))
+    parser.add_argument("--out", type=pathlib.Path, help="file of JSON, a line for each student")
+    options = parser.parse_args()
+    paths = sorted(options.keep.glob("*.npz"))
+    if not paths:
+        sys.exit(f"error: {options.keep} holds no *.npz; run benchmarks/comparison.py first")
+    lines = [numbers(path) for path in paths]
+    if options.out:
+        content = "".join(f"{json.dumps(line)}\n" for line in lines)
+        folder.write_atomic(options.out, content.encode())
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
