@@ -82,6 +82,38 @@ def random_component(rng, template, **config):
     return pretrained.Component(config, jax.tree.map(draw, template(config)))
 
 
+@pytest.fixture(scope="session", params=["quick_gelu", "gelu"])
+def clip_folder(request, tmp_path_factory):
+    """A CLIPModel as transformers saves it, random, for pictures of 24x24 pixels. Read only.
+
+    In the manner of OpenAI's or of OpenCLIP's configs.
+    """
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("clip") / f"tiny-{request.param}"
+    vocab_size = tiny_tokenizer(folder)
+    tower = dict(
+        hidden_act=request.param, hidden_size=16, intermediate_size=40, num_attention_heads=2,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    eos_token_id = 2 if request.param == "gelu" else vocab_size - 1
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(tower, vocab_size=vocab_size, bos_token_id=0, eos_token_id=eos_token_id),
+        vision_config=dict(tower, hidden_size=24, num_hidden_layers=3, image_size=24, patch_size=8),
+        projection_dim=12,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_scale = "norm" in name and name.endswith("weight")
+            parameter.normal_(0, 0.3).add_(1.0 if is_scale else 0.0)
+    model.save_pretrained(folder)
+    preprocessor = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A Stable Diffusion folder with random weights, 32x32 pixels, latents 16x16x4, no torch."""

@@ -27,7 +27,7 @@ def gelu(x: Float[Array, "*S"]) -> Float[Array, "*S"]:
     return jax.nn.gelu(x, approximate=False)
 
 
-_ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
 
 _READ = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -58,20 +58,22 @@ _INERT = {
 
 
 class CLIPAttention(nn.Module):
-    """Masked multi-head self-attention, softmax in float32."""
+    """Multi-head self-attention, softmax in float32; without mask every token sees all."""
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"]) -> shapes.Text:
+    def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"] | None) -> shapes.Text:
         batch, length, width = x.shape
         split = (batch, length, self.num_heads, width // self.num_heads)
         query = nn.Dense(width, dtype=self.dtype, name="q_proj")(x).reshape(split)
         key = nn.Dense(width, dtype=self.dtype, name="k_proj")(x).reshape(split)
         value = nn.Dense(width, dtype=self.dtype, name="v_proj")(x).reshape(split)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query * split[-1] ** -0.5, key)
-        logits = jnp.where(mask, logits.astype(jnp.float32), -jnp.inf)
+        logits = logits.astype(jnp.float32)
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
         weights = nn.softmax(logits, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
         return nn.Dense(width, dtype=self.dtype, name="out_proj")(mixed)
@@ -100,7 +102,7 @@ class CLIPEncoderLayer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"]) -> shapes.Text:
+    def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"] | None) -> shapes.Text:
         h = layers.layer_norm(self.epsilon, self.dtype, "layer_norm1")(x)
         x = x + CLIPAttention(self.num_heads, self.dtype, name="self_attn")(h, mask)
         h = layers.layer_norm(self.epsilon, self.dtype, "layer_norm2")(x)
@@ -203,7 +205,7 @@ def from_config(config: Mapping, *, dtype: DTypeLike = jnp.float32) -> CLIPTextM
         )
     return CLIPTextModel(
         **{key: config[key] for key in _READ},
-        activation=_ACTIVATIONS[config["hidden_act"]],
+        activation=ACTIVATIONS[config["hidden_act"]],
         **_projection(config),
         dtype=dtype,
     )
@@ -230,10 +232,10 @@ def _refuse_unbuilt(key: str, value) -> None:
             f"text encoder architectures {value!r} is not supported; it may be "
             + " or ".join(_ARCHITECTURES)
         )
-    if key == "hidden_act" and value not in _ACTIVATIONS:
+    if key == "hidden_act" and value not in ACTIVATIONS:
         raise errors.UserError(
             f"text encoder hidden_act {value!r} is not supported; it may be "
-            + " or ".join(map(repr, _ACTIVATIONS))
+            + " or ".join(map(repr, ACTIVATIONS))
         )
     if key in _REQUIRED_VALUES and value not in (_REQUIRED_VALUES[key], None):
         raise errors.UserError(

@@ -33,7 +33,7 @@ _FLAX_ONLY = ("use_memory_efficient_attention", "split_head_dim")
 # What Flax calls the file of weights that torch calls so.
 FLAX_STEMS = {"diffusion_pytorch_model": "diffusion_flax_model", "model": "flax_model"}
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _CONVERT = (
     'convert it once, where you trust it: python -c "from diffusers import '
     "StableDiffusionPipeline as P; {load}.save_pretrained('CONVERTED')\""
@@ -70,7 +70,7 @@ def _torch_class(name):
 
 def read_index(root: Path) -> dict:
     """model_index.json, if the folder is of a supported family; else UserError."""
-    if root.suffix in _PICKLES and root.is_file():
+    if root.suffix in PICKLES and root.is_file():
         convert = _CONVERT.format(load="P.from_single_file('FILE')")
         raise UserError(f"{root} is a pickle, which is never opened; {convert}")
     if not root.is_dir():
@@ -172,7 +172,7 @@ def _no_weights(part: Path, wanted: str) -> str:
     suffixes = (".safetensors", ".safetensors.index.json", ".msgpack")
     safe = [name for name in files if name.endswith(suffixes)]
     safe += [name for name in files if ".safetensors.index." in name and name not in safe]
-    pickles = [name for name in files if name.endswith(_PICKLES)]
+    pickles = [name for name in files if name.endswith(PICKLES)]
     if safe:
         return (
             f"{part} has no {wanted}, but {', '.join(safe[:3])}; set the variant to the word "

@@ -63,11 +63,16 @@ def locate(model: str, revision: str = "", variant: str | None = None) -> Path:
 
 def locate_configs(model: str, revision: str = "") -> Path:
     """The same for who needs no weights: of a model of the hub only configs and tokenizer come."""
+    configs = [f"{part}/config.json" for part in _STEMS]
+    return locate_files(model, revision, [*_DESCRIPTIONS, *configs])
+
+
+def locate_files(model: str, revision: str, patterns: list[str]) -> Path:
+    """The same, but of a model of the hub come the files of those patterns, if there are any."""
     path = Path(model)
     if not _ID.fullmatch(model) or path.exists():
         return locate(model, revision)
-    configs = [f"{part}/config.json" for part in _STEMS]
-    return _snapshot(model, revision, [*_DESCRIPTIONS, *configs])
+    return _snapshot(model, revision, patterns)
 
 
 def fetch(name: str, revision: str = "", variant: str | None = None) -> Path:

@@ -6,8 +6,11 @@ files spell differently is brought to those names here.
 
 import re
 
-# Linen's leaf -> torch's.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# Linen's leaf -> torch's. The last is a parameter of its own, in no layer: CLIP's extra patch.
+LEAVES = {
+    "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
+    "class_embedding": "class_embedding",
+}  # fmt: skip
 
 # A list's module is named with a dot by torch, with a line by Flax; linear_1 is no list's.
 _FLAX_NUMBER = re.compile(r"(?<!^linear)_(\d+)$")
@@ -53,6 +56,12 @@ def text_encoder(name: str) -> str | None:
     """Our name of a text encoder file's tensor; None for the position_ids buffer, a mere arange."""
     name = name if name.startswith((TEXT_PREFIX, TEXT_PROJECTION)) else TEXT_PREFIX + name
     return None if name.endswith(".embeddings.position_ids") else name
+
+
+def clip(name: str) -> str | None:
+    """Our name of a CLIPModel file's tensor; None for position_ids and the logits' scale."""
+    unused = name.endswith(".embeddings.position_ids") or name == "logit_scale"
+    return None if unused else name
 
 
 def is_vae_attention(name: str) -> bool:

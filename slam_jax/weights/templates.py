@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slam_jax.nets import classifier, clip, unet, vae
+from slam_jax.nets import classifier, clip, clip_image, unet, vae
 from slam_jax.shapes import SDXLText
 
 
@@ -32,6 +32,12 @@ def of_vae(config: Mapping) -> dict:
 def of_text_encoder(config: Mapping) -> dict:
     """Tree of ShapeDtypeStruct of the CLIPTextModel (WithProjection) that config.json describes."""
     return _shapes(clip.from_config(config), _integers(1, 1))
+
+
+def of_clip_image(config: Mapping) -> dict:
+    """Tree of ShapeDtypeStruct of the image tower that a CLIPVisionConfig describes."""
+    net = clip_image.from_config(config)
+    return _shapes(net, _floats(1, net.image_size, net.image_size, 3))
 
 
 def of_classifier(label_sizes: tuple[int, ...], size: int) -> dict:
