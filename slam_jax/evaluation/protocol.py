@@ -83,6 +83,7 @@ class Protocol(NamedTuple):
 
     seed: int  # noise of image i depends on it and i alone
     metrics: tuple  # of METRICS; the first decides which model is the best
+    kid_subset: int  # images in each of the subsets behind the kernel distance
     bootstrap: int  # resamples behind the Frechet distance's interval; 0 for none
     prompts: Prompts
     images: Images
@@ -103,7 +104,7 @@ class Hashed(NamedTuple):
 def from_config(config: Mapping[str, Any]) -> Protocol:
     """Every key, none missing, none unknown, each of its type and possible; else UserError."""
     protocol = read(Protocol, config, "protocol")
-    prompts, images, features, _, reference, comparison = protocol[3:]
+    prompts, images, features, _, reference, comparison = protocol[4:]
     _one_of("prompts.source", prompts.source, PROMPT_SOURCES)
     _one_of("images.filter", images.filter, FILTERS)
     _one_of("features.network", features.network, NETWORKS)
@@ -120,7 +121,7 @@ def from_config(config: Mapping[str, Any]) -> Protocol:
     for step in (comparison.batch_size, comparison.original_steps, *steps):
         _at_least(1, "comparison's batch_size, original_steps and steps", step)
     for name, value in (
-        ("seed", protocol.seed), ("bootstrap", protocol.bootstrap), ("prompts.seed", prompts.seed),
+        ("seed", protocol.seed), ("kid_subset", protocol.kid_subset), ("bootstrap", protocol.bootstrap), ("prompts.seed", prompts.seed),
         ("reference.seed", reference.seed), ("reference.count", reference.count),
     ):  # fmt: skip
         _at_least(0, name, value)
@@ -165,6 +166,7 @@ def digest(protocol: Protocol, hashed: Hashed) -> str:
     told = {
         "seed": protocol.seed,
         "metrics": protocol.metrics,
+        "kid_subset": protocol.kid_subset,
         "bootstrap": protocol.bootstrap,
         "images": as_dict(images),
         "features": (protocol.features.network, protocol.features.mode),

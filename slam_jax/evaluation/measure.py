@@ -1,0 +1,78 @@
+"""From pictures to what is kept of each: features, and how well it fits its caption."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from slam_jax.evaluation import classifier, clip
+from slam_jax.evaluation.extractor import Extractor
+from slam_jax.evaluation.pixels import Pixels
+from slam_jax.evaluation.protocol import Clip, Features
+from slam_jax.evaluation.store import Arrays
+from slam_jax.metrics import clip_score
+
+
+class Meters(NamedTuple):
+    """What measures pictures."""
+
+    features: Extractor
+    scorer: clip.Scorer | None
+    features_of: Callable[[Pixels], Arrays]  # all outputs of the extractor
+    scores_of: Callable[[Pixels, Sequence[str]], Arrays]  # {} without a scorer
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """Of the networks and what is done to pictures before them."""
+        scorer = () if self.scorer is None else (self.scorer.pictures.fingerprint,)
+        return (self.features.fingerprint, *scorer)
+
+
+def check(features: Features, clip_model: str, size: int) -> None:
+    """UserError if the networks' files are not there or not right; touches no device."""
+    if features.network == "classifier":
+        classifier.read(features.weights, size)
+    del clip_model
+
+
+def load(features: Features, chosen: Clip, size: int, devices: Mesh) -> Meters:
+    """The networks on the devices, over which pictures are spread."""
+    extractor = classifier.extractor(classifier.read(features.weights, size))
+    scorer = None
+    if chosen.model:
+        scorer = clip.scorer(chosen.model, chosen.prefix, place=_replicated(devices))
+    return of_networks(extractor, scorer, devices)
+
+
+def of_networks(extractor: Extractor, scorer: clip.Scorer | None, devices: Mesh) -> Meters:
+    """Meters of networks that lie on the devices already."""
+
+    def features_of(pixels: Pixels) -> Arrays:
+        return _run(extractor, pixels, devices)
+
+    def scores_of(pixels: Pixels, captions: Sequence[str]) -> Arrays:
+        if scorer is None:
+            return {}
+        pictures = _run(scorer.pictures, pixels, devices)["embedding"]
+        scores = clip_score.per_pair(pictures, scorer.captions(captions))
+        return {"clip": scores}
+
+    return Meters(extractor, scorer, features_of, scores_of)
+
+
+def _run(extractor: Extractor, pixels: Pixels, devices: Mesh) -> Arrays:
+    """Spread over the devices, which must divide the pictures."""
+    rows = NamedSharding(devices, P("data"))
+    return jax.device_get(extractor.apply(jax.device_put(extractor.prepare(pixels), rows)))
+
+
+def _replicated(devices: Mesh) -> Callable[[Any], Any]:
+    return lambda params: jax.device_put(params, NamedSharding(devices, P()))
+
+
+def default_file(folder: Path, digest: str) -> Path:
+    """Where statistics of references are kept that the protocol names no file for."""
+    return folder / f"reference_{digest[:12]}.npz"
