@@ -63,16 +63,14 @@ def num_images(setup: Setup, candidates: Sequence[Candidate]) -> int:
 def draw_all(setup: Setup, candidates: Sequence[Candidate], progress: log.Progress) -> None:
     """Draws and measures this host's share of what is missing; one model at a time on devices."""
     for candidate in candidates:
-        with log.phase(progress, f"{candidate.name}: looking"):
-            identity = drawing.identity(candidate)
         todo = {}
         for entry in candidate.entries:
-            where = _folder(setup, identity, entry)
+            where = _folder(setup, candidate, entry)
             todo[entry] = _missing(setup, where)
             mine = store.shards(len(setup.chosen.captions), setup.part)
             progress.bar.update(sum(map(len, mine)) - sum(map(len, todo[entry])))
         if any(todo.values()):
-            _draw(setup, candidate, identity, todo, progress)
+            _draw(setup, candidate, todo, progress)
 
 
 def _missing(setup: Setup, where: Path) -> list[range]:
@@ -88,8 +86,7 @@ def _missing(setup: Setup, where: Path) -> list[range]:
 
 
 def _draw(
-    setup: Setup, candidate: Candidate, identity: str, todo: dict[Entry, list[range]],
-    progress: log.Progress,
+    setup: Setup, candidate: Candidate, todo: dict[Entry, list[range]], progress: log.Progress
 ) -> None:  # fmt: skip
     batch_size = _batch_size(setup)
     with log.phase(progress, f"{candidate.name}: loading"):
@@ -98,7 +95,7 @@ def _draw(
             setup.devices,
         )  # fmt: skip
     for entry, shards in todo.items():
-        where = _folder(setup, identity, entry)
+        where = _folder(setup, candidate, entry)
         if not shards:
             continue
         about = {"model": candidate.name, **entry._asdict(), "protocol": setup.digest}
@@ -156,21 +153,17 @@ def _picture(where: Path, number: int) -> Path:
     return where / f"{number:06d}.png"
 
 
-def rows(
-    setup: Setup, candidates: Sequence[Candidate], reference: Reference
-) -> list[Row]:
+def rows(setup: Setup, candidates: Sequence[Candidate], reference: Reference) -> list[Row]:
     """The numbers, once all hosts have drawn."""
     return [
-        _row(setup, candidate, drawing.identity(candidate), entry, reference)
+        _row(setup, candidate, entry, reference)
         for candidate in candidates
         for entry in candidate.entries
     ]
 
 
-def _row(
-    setup: Setup, candidate: Candidate, identity: str, entry: Entry, reference: Reference
-) -> Row:
-    measured = store.read(_folder(setup, identity, entry), len(setup.chosen.captions))
+def _row(setup: Setup, candidate: Candidate, entry: Entry, reference: Reference) -> Row:
+    measured = store.read(_folder(setup, candidate, entry), len(setup.chosen.captions))
     later = ~measured["is_first"]
     seconds = measured["seconds"][later if later.any() else slice(None)]
     return Row(
@@ -189,16 +182,15 @@ def picture(setup: Setup, candidates: Sequence[Candidate], names: Sequence[str])
     """A PNG with the first images of every row."""
     captions = setup.chosen.captions[:SHOWN]
     shown = [
-        np.stack([_read(_picture(where, number)) for number in range(len(captions))])
+        _shown(_folder(setup, candidate, entry), len(captions))
         for candidate in candidates
-        for where in _folders(setup, candidate)
+        for entry in candidate.entries
     ]
     return images.png(images.labelled_grid(np.stack(shown) / 255.0, list(names), captions))
 
 
-def _folders(setup: Setup, candidate: Candidate) -> list[Path]:
-    identity = drawing.identity(candidate)
-    return [_folder(setup, identity, entry) for entry in candidate.entries]
+def _shown(where: Path, count: int) -> drawing.Pictures:
+    return np.stack([_read(_picture(where, number)) for number in range(count)])
 
 
 def _read(path: Path) -> np.ndarray:
@@ -206,7 +198,7 @@ def _read(path: Path) -> np.ndarray:
         return np.asarray(opened)
 
 
-def _folder(setup: Setup, identity: str, entry: Entry) -> Path:
+def _folder(setup: Setup, candidate: Candidate, entry: Entry) -> Path:
     """Where a row is kept; what decides its images and how they are measured decides its name."""
-    key = protocol.of_json([identity, entry._asdict(), setup.digest])
+    key = protocol.of_json([candidate.identity, entry._asdict(), setup.digest])
     return setup.out / "rows" / key[:16]

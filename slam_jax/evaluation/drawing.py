@@ -1,8 +1,6 @@
 """A model at work on this host's devices: numbers of images in, pictures out."""
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +11,7 @@ from jaxtyping import UInt8
 
 from slam_jax import pipeline
 from slam_jax.data import text_inputs
-from slam_jax.evaluation import noise, samplers
+from slam_jax.evaluation import noise, protocol, samplers
 from slam_jax.evaluation.samplers import Entry
 from slam_jax.runtime import images
 from slam_jax.weights import fingerprint, pretrained
@@ -28,6 +26,7 @@ class Candidate(NamedTuple):
     model: pretrained.Pretrained  # its parameters read or unread
     dtype: str  # in which it computes
     entries: tuple[Entry, ...]
+    identity: str  # sha256 of all of it that an image depends on, but the entries
 
 
 class Artist(NamedTuple):
@@ -42,9 +41,10 @@ class Artist(NamedTuple):
     seed: int
 
 
-def identity(candidate: Candidate) -> str:
-    """sha256 of all of the model that an image depends on."""
-    model = candidate.model
+def candidate(
+    name: str, model: pretrained.Pretrained, dtype: str, entries: Sequence[Entry]
+) -> Candidate:
+    """Reads every parameter once, for the sake of its identity."""
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
     told = {
         "unet": [model.unet.config, fingerprint.of_params(model.unet.params)],
@@ -53,9 +53,9 @@ def identity(candidate: Candidate) -> str:
         "scheduler": model.scheduler,
         "tokenizers": text_inputs.fingerprints(tokens),
         "zeros": model.force_zeros_for_empty_prompt,
-        "dtype": candidate.dtype,
+        "dtype": dtype,
     }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return Candidate(name, model, dtype, tuple(entries), protocol.of_json(told))
 
 
 def _of_text_encoder(encoder: pretrained.Component | None) -> list | None:

@@ -1,7 +1,6 @@
 """From pictures to what is kept of each: features, and how well it fits its caption."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +70,3 @@ def _run(extractor: Extractor, pixels: Pixels, devices: Mesh) -> Arrays:
 
 def _replicated(devices: Mesh) -> Callable[[Any], Any]:
     return lambda params: jax.device_put(params, NamedSharding(devices, P()))
-
-
-def default_file(folder: Path, digest: str) -> Path:
-    """Where statistics of references are kept that the protocol names no file for."""
-    return folder / f"reference_{digest[:12]}.npz"

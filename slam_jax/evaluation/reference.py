@@ -152,4 +152,3 @@ def _read(path: Path) -> tuple[About, Arrays]:
             f"{path} holds no statistics of this program ({type(error).__name__}: {error}), which "
             "say what they were made of; give the pictures' folder as --reference"
         ) from None
-
