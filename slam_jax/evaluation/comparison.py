@@ -1,4 +1,4 @@
-"""Rows of a comparison: every image drawn and measured once, by whichever host, in whichever run."""
+"""Rows of a comparison: every image is drawn and measured once, by whichever host or run."""
 
 import json
 import time
@@ -19,6 +19,7 @@ from slam_jax.evaluation.protocol import Protocol
 from slam_jax.evaluation.reference import Reference
 from slam_jax.evaluation.samplers import Entry
 from slam_jax.evaluation.store import Arrays
+from slam_jax.evaluation.table import Row
 from slam_jax.runtime import folder, images, log
 
 SHOWN = 8  # images of each row that are always kept
@@ -37,27 +38,10 @@ class Setup(NamedTuple):
     keep_images: bool
 
 
-class Row(NamedTuple):
-    """A line of the table."""
-
-    model: str
-    sampler: str
-    steps: int
-    w: float | None
-    network_calls: int  # per image, guidance counted twice
-    seconds_per_image: float  # on this machine's devices, compilation left out
-    protocol: str  # its hash
-    numbers: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """As people call it."""
-        return f"{self.model}, {samplers.title(Entry(self.sampler, self.steps, self.w, 0))}"
-
-
-def num_images(setup: Setup, candidates: Sequence[Candidate]) -> int:
-    """Of all rows."""
-    return sum(len(each.entries) for each in candidates) * len(setup.chosen.captions)
+def num_calls(setup: Setup, candidates: Sequence[Candidate]) -> int:
+    """Of the UNets, for all images of all rows: what a progress bar counts."""
+    calls = sum(samplers.network_calls(entry) for each in candidates for entry in each.entries)
+    return calls * len(setup.chosen.captions)
 
 
 def draw_all(setup: Setup, candidates: Sequence[Candidate], progress: log.Progress) -> None:
@@ -67,8 +51,8 @@ def draw_all(setup: Setup, candidates: Sequence[Candidate], progress: log.Progre
         for entry in candidate.entries:
             where = _folder(setup, candidate, entry)
             todo[entry] = _missing(setup, where)
-            mine = store.shards(len(setup.chosen.captions), setup.part)
-            progress.bar.update(sum(map(len, mine)) - sum(map(len, todo[entry])))
+            done = len(setup.chosen.captions) - sum(map(len, todo[entry]))
+            progress.bar.update(done * samplers.network_calls(entry))
         if any(todo.values()):
             _draw(setup, candidate, todo, progress)
 
@@ -104,7 +88,8 @@ def _draw(
         with log.phase(progress, f"{name}: compiling"):
             draw = drawing.drawer(artist, entry, batch_size)
         with log.phase(progress, name):
-            measure = partial(_measure, setup, where, draw, batch_size, progress, [])
+            advance = partial(_advance, progress, samplers.network_calls(entry))
+            measure = partial(_measure, setup, where, draw, batch_size, advance, [])
             store.fill(where, shards, measure)
 
 
@@ -115,7 +100,7 @@ def _batch_size(setup: Setup) -> int:
 
 
 def _measure(
-    setup: Setup, where: Path, draw: Callable, batch_size: int, progress: log.Progress,
+    setup: Setup, where: Path, draw: Callable, batch_size: int, advance: Callable[[int], None],
     drawn_before: list[bool], shard: range,
 ) -> Arrays:  # fmt: skip
     """What is kept of these images."""
@@ -136,11 +121,15 @@ def _measure(
         drawn_before.append(True)
         count = min(batch_size, shard.stop - int(numbers[0]))
         _keep(where, numbers[:count], drawn, setup.keep_images)
-        progress.bar.update(count)
+        advance(count)
     return {
         name: np.concatenate([batch[name] for batch in batches])[: len(shard)]
         for name in batches[0]
     }
+
+
+def _advance(progress: log.Progress, calls: int, count: int) -> None:
+    progress.bar.update(calls * count)
 
 
 def _keep(where: Path, numbers: np.ndarray, drawn: drawing.Pictures, keep_images: bool) -> None:
@@ -163,30 +152,36 @@ def rows(setup: Setup, candidates: Sequence[Candidate], reference: Reference) ->
 
 
 def _row(setup: Setup, candidate: Candidate, entry: Entry, reference: Reference) -> Row:
-    measured = store.read(_folder(setup, candidate, entry), len(setup.chosen.captions))
+    count = len(setup.chosen.captions)
+    measured = store.read(_folder(setup, candidate, entry), count)
     later = ~measured["is_first"]
     seconds = measured["seconds"][later if later.any() else slice(None)]
     return Row(
         model=candidate.name,
         sampler=entry.sampler,
         steps=entry.steps,
-        w=entry.w,
+        guidance=entry.w,
         network_calls=samplers.network_calls(entry),
-        seconds_per_image=float(seconds.mean()),
-        protocol=setup.digest,
-        numbers=score.numbers(measured, reference, setup.chosen.labels, setup.protocol),
+        seconds=float(seconds.mean()),
+        images=count,
+        scores=score.scores(measured, reference, setup.chosen.labels, setup.protocol),
     )
 
 
-def picture(setup: Setup, candidates: Sequence[Candidate], names: Sequence[str]) -> bytes:
+def picture(setup: Setup, candidates: Sequence[Candidate]) -> bytes:
     """A PNG with the first images of every row."""
     captions = setup.chosen.captions[:SHOWN]
+    names = [
+        f"{candidate.name}, {samplers.title(entry)}"
+        for candidate in candidates
+        for entry in candidate.entries
+    ]
     shown = [
         _shown(_folder(setup, candidate, entry), len(captions))
         for candidate in candidates
         for entry in candidate.entries
     ]
-    return images.png(images.labelled_grid(np.stack(shown) / 255.0, list(names), captions))
+    return images.png(images.labelled_grid(np.stack(shown) / 255.0, names, captions))
 
 
 def _shown(where: Path, count: int) -> drawing.Pictures:

@@ -1,12 +1,12 @@
 """The comparison that a run ends with: teacher and student at the same noise and prompts."""
 
+import datetime
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slam_jax.data import shapes2d
 from slam_jax.errors import UserError
 from slam_jax.evaluation import (
     classifier,
@@ -93,13 +93,16 @@ def report(
         devices, (0, 1), keep_images=False,
     )  # fmt: skip
     candidates = _candidates(teacher, student, settings)
-    with log.bar(0, comparison.num_images(setup, candidates)) as progress:
+    with log.bar(0, comparison.num_calls(setup, candidates)) as progress:
         comparison.draw_all(setup, candidates, progress)
     rows = comparison.rows(setup, candidates, real)
-    picture = comparison.picture(setup, candidates, [row.name for row in rows])
+    picture = comparison.picture(setup, candidates)
     folder.write_atomic(workdir / "samples" / "final.png", picture)
-    folder.write_atomic(workdir / "results.json", table.as_json(rows, {}))
-    return f"{len(chosen.captions)} prompts, the same noise in every row\n{table.markdown(rows)}"
+    named = table.Protocol("tiny", setup.digest)
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    results = table.as_json(rows, named, date).encode()
+    folder.write_atomic(workdir / "results.json", results)
+    return f"The same noise in every row.\n\n{table.markdown(rows, named)}"
 
 
 def _candidates(teacher, student, settings: Settings) -> list[Candidate]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,11 +29,11 @@ class Meters(NamedTuple):
         return (self.features.fingerprint, *scorer)
 
 
-def check(features: Features, clip_model: str, size: int) -> None:
+def check(features: Features, chosen: Clip, size: int) -> None:
     """UserError if the networks' files are not there or not right; touches no device."""
+    del chosen
     if features.network == "classifier":
         classifier.read(features.weights, size)
-    del clip_model
 
 
 def load(features: Features, chosen: Clip, size: int, devices: Mesh) -> Meters:

@@ -120,10 +120,12 @@ def from_config(config: Mapping[str, Any]) -> Protocol:
     steps = (*comparison.teacher_steps, *comparison.student_steps)
     for step in (comparison.batch_size, comparison.original_steps, *steps):
         _at_least(1, "comparison's batch_size, original_steps and steps", step)
-    for name, value in (
-        ("seed", protocol.seed), ("kid_subset", protocol.kid_subset), ("bootstrap", protocol.bootstrap), ("prompts.seed", prompts.seed),
-        ("reference.seed", reference.seed), ("reference.count", reference.count),
-    ):  # fmt: skip
+    others = {
+        "seed": protocol.seed, "kid_subset": protocol.kid_subset, "bootstrap": protocol.bootstrap,
+        "prompts.seed": prompts.seed, "reference.seed": reference.seed,
+        "reference.count": reference.count,
+    }  # fmt: skip
+    for name, value in others.items():
         _at_least(0, name, value)
     if protocol.seed >= 2**32:
         raise UserError(f"protocol.seed={protocol.seed} must be less than 2**32")

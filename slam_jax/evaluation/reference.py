@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from slam_jax.data import shapes2d
 from slam_jax.errors import UserError
-from slam_jax.evaluation import pixels, protocol, store
+from slam_jax.evaluation import pixels, protocol
 from slam_jax.evaluation.protocol import Images
 from slam_jax.evaluation.store import Arrays
 from slam_jax.metrics import fid
@@ -69,6 +69,11 @@ def check_folder(folder: Path, wanted: protocol.Reference, images: Images) -> li
         )
     pixels.read(found[0], wanted.crop, images)
     return found
+
+
+def check_file(path: Path) -> None:
+    """UserError unless it holds statistics of whatever protocol."""
+    _read(path)
 
 
 def measure_pictures(

@@ -1,21 +1,24 @@
 """From what was kept of every image to the numbers of a table."""
 
-from collections.abc import Mapping
-
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from slam_jax.errors import UserError
 from slam_jax.evaluation import classifier
 from slam_jax.evaluation.protocol import Protocol
 from slam_jax.evaluation.reference import Reference
 from slam_jax.evaluation.store import Arrays
+from slam_jax.evaluation.table import Score
 from slam_jax.metrics import bootstrap, estimate, fid, kid, precision_recall, prompt_accuracy
 
 _OF_PAIRS = ("precision", "recall", "density", "coverage")
 # Metrics that compare sets of features, for which the references' Gaussian is not enough.
 OF_FEATURES = ("kid", *_OF_PAIRS)
 HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "prompt_accuracy", "clip")
+_NAMES = {
+    "fid": "FID", "kid": "KID", "prompt_accuracy": "prompt accuracy", "clip": "CLIP score",
+}  # fmt: skip
+Features = Float[np.ndarray, "N F"]
 _NEIGHBOURS = 6  # as many images as precision and recall need
 _SEED = 0  # of subsets and resamples
 
@@ -34,57 +37,52 @@ def check(protocol: Protocol) -> None:
         )
 
 
-def numbers(
+def scores(
     measured: Arrays,
     reference: Reference,
     labels: Int32[np.ndarray, "N K"] | None,
     protocol: Protocol,
-) -> dict[str, float]:
-    """The protocol's metrics, in its order, those with an error followed by it.
-
-    KEY_se is a standard error, fid_low and fid_high the ends of a 95 % interval.
-    """
-    found: dict[str, float] = {}
-    for metric in protocol.metrics:
+) -> dict[str, Score]:
+    """The protocol's metrics, in its order, by the names that tables have."""
+    features = measured["features"]
+    found: dict[str, Score] = {}
+    if not {*_OF_PAIRS}.isdisjoint(protocol.metrics):
+        shares = precision_recall.precision_recall(reference.features, features)
+        found |= {name: Score(value) for name, value in shares._asdict().items()}
+    for metric in {*protocol.metrics} - {*_OF_PAIRS}:
         match metric:
             case "fid":
-                found |= _fid(measured["features"], reference, protocol.bootstrap)
+                found[metric] = _fid(features, reference, protocol.bootstrap)
             case "kid":
-                value = kid.kid(
-                    reference.features, measured["features"], protocol.kid_subset, _SEED
-                )
-                found |= _with_error("kid", value)
+                subset = protocol.kid_subset
+                found[metric] = Score(*kid.kid(reference.features, features, subset, _SEED))
             case "prompt_accuracy":
-                heads = classifier.heads(measured["logits"])
-                found[metric] = prompt_accuracy.prompt_accuracy(heads, labels)
+                found[metric] = _prompt_accuracy(measured["logits"], labels)
             case "clip":
-                found |= _with_error("clip", estimate.of(measured["clip"]))
-    return found | _of_pairs(measured["features"], reference, protocol.metrics)
+                found[metric] = Score(*estimate.of(measured["clip"]))
+    return {name(metric, protocol): found[metric] for metric in protocol.metrics}
 
 
-def _fid(features: np.ndarray, reference: Reference, rounds: int) -> dict[str, float]:
-    found = {"fid": fid.frechet_distance(fid.fit(features), reference.gaussian)}
-    if rounds:
-        interval = bootstrap.fid_interval(features, reference.gaussian, _SEED, rounds)
-        found |= {
-            "fid_low": interval.low, "fid_high": interval.high,
-            "fid_se": interval.standard_error, "fid_bias": interval.bias,
-        }  # fmt: skip
-    return found
+def name(metric: str, protocol: Protocol) -> str:
+    """What tables call it; FID is what Inception's features give, and no other's."""
+    if metric == "fid" and protocol.features.network != "inception":
+        return "Frechet distance"
+    return _NAMES.get(metric, metric)
 
 
-def _of_pairs(features: np.ndarray, reference: Reference, metrics: tuple) -> dict[str, float]:
-    wanted = [metric for metric in _OF_PAIRS if metric in metrics]
-    if not wanted:
-        return {}
-    values: Mapping[str, float] = precision_recall.precision_recall(
-        reference.features, features
-    )._asdict()
-    return {metric: values[metric] for metric in wanted}
+def _fid(features: Features, reference: Reference, rounds: int) -> Score:
+    real = reference.gaussian
+    value = fid.frechet_distance(fid.fit(features), real)
+    error = fid.standard_error(features, real)
+    if not rounds:
+        return Score(value, error)
+    interval = bootstrap.fid_interval(features, real, _SEED, rounds)
+    return Score(value, error, (interval.low, interval.high))
 
 
-def _with_error(name: str, value: estimate.Estimate) -> dict[str, float]:
-    return {name: value.mean, f"{name}_se": value.standard_error}
+def _prompt_accuracy(logits: Float[np.ndarray, "N L"], labels: Int32[np.ndarray, "N K"]) -> Score:
+    share = prompt_accuracy.prompt_accuracy(classifier.heads(logits), labels)
+    return Score(share, float(np.sqrt(share * (1 - share) / len(logits))))
 
 
 def warning(reference: Reference, count: int) -> str | None:
