@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from slam_jax.diffusion import guidance, parameterization, sampler
+from slam_jax.diffusion import guidance, ode_sampler, parameterization, sampler
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
@@ -27,6 +27,7 @@ from slam_jax.shapes import (
     Pixels,
     PRNGKey,
     SDXLText,
+    Time,
     Timestep,
 )  # fmt: skip
 from slam_jax.weights import pretrained
@@ -185,11 +186,11 @@ def encode_null_text(
 
 def teacher(
     config: Mapping, dtype: DTypeLike
-) -> Callable[[Params, Latent, Timestep, Conditioning], Latent]:
+) -> Callable[[Params, Latent, Time, Conditioning], Latent]:
     """(params, x, t, text) -> raw output."""
     net = unet.from_config(config, dtype=dtype)
 
-    def call(params: Params, x: Latent, t: Timestep, text: Conditioning) -> Latent:
+    def call(params: Params, x: Latent, t: Time, text: Conditioning) -> Latent:
         return net.apply({"params": params}, x, t, text)
 
     return call
@@ -262,10 +263,9 @@ def few_step(
     times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size, strength)
 
     def sample(
-        student_params: Params, vae_params: Params, text: Conditioning, noise,
-        start: Latent | None = None,
-    ) -> Image:  # fmt: skip
-        net = partial(student, student_params)
+        params: Params, vae_params: Params, text: Conditioning, noise, start: Latent | None = None
+    ) -> Image:
+        net = partial(student, params)
         x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text, start)
         return decode(vae_params, x_0)
 
@@ -276,21 +276,25 @@ def ddim(
     teacher: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
     num_steps: int, original_steps: int, w: float,
 ) -> Callable[..., Image]:  # fmt: skip
+    """`guided` by DDIM at the times of a student that knows `original_steps` of them."""
+    scheduler = {"original_inference_steps": original_steps}
+    return guided("ddim", teacher, decode, schedule, prediction, scheduler, num_steps, w)
+
+
+def guided(
+    sampler_name: str, teacher: Callable, decode: Callable, schedule: Schedule,
+    prediction: Prediction, scheduler: Mapping, num_steps: int, w: float,
+) -> Callable[..., Image]:  # fmt: skip
     """(teacher_params, vae_params, text, null_text, x_T) -> images in [0, 1].
 
-    w = 0 is conditional only.
+    A sampler of sampler.GUIDED, at the times of the scheduler's config; w = 0 is conditional only.
     """
-    times = sampler.ddim_times(num_steps, original_steps, schedule.alpha.size)
+    chosen = sampler.guided(sampler_name)
+    path = chosen.path(num_steps, schedule, scheduler)
 
-    def sample(
-        teacher_params: Params,
-        vae_params: Params,
-        text: Conditioning,
-        null_text: guidance.NullText,
-        x_T: Latent,
-    ) -> Image:
-        net = partial(teacher, teacher_params)
-        x_0 = sampler.ddim_sample(net, schedule, prediction, times, x_T, text, null_text, w)
+    def sample(params: Params, vae_params: Params, text, null_text, x_T: Latent) -> Image:
+        net = partial(teacher, params)
+        x_0 = ode_sampler.sample(net, prediction, path, chosen.correct, x_T, text, null_text, w)
         return decode(vae_params, x_0)
 
     return sample

@@ -7,7 +7,7 @@ Checked by an import hook in the tests only; production pays nothing.
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Real, UInt8
 
 Image = Float[Array, "B H W 3"]
 Pixels = UInt8[Array, "B H W 3"]
@@ -15,6 +15,7 @@ Latent = Float[Array, "B h w C"]
 Moments = Float[Array, "B h w CC"]
 Coeff = Float[Array, "B 1 1 1"]
 Timestep = Int[Array, "B"]
+Time = Real[Array, "B"]  # some samplers ask a network between two of training's times
 TokenIds = Int[Array, "B L"]
 Text = Float[Array, "B L D"]
 PerExample = Float[Array, "B"]

@@ -9,6 +9,7 @@ import torch
 
 from slam_jax import evaluate, pipeline, students
 from slam_jax.data import text_inputs
+from slam_jax.diffusion import parameterization, sampler, schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import lora, vae
 from slam_jax.weights import lora as lora_file
@@ -232,3 +233,16 @@ def test_few_step_students_are_known_by_scheduler_or_gamma(model):
     assert not students.is_student(model)
     assert students.is_student(model._replace(unet=student))
     assert students.is_student(student_folder.student(model, model.unet))
+
+
+@pytest.mark.parametrize("name", sampler.GUIDED)
+def test_a_teacher_is_sampled_by_any_name(model, name):
+    """Traced only. linspace, a config's default, leads Euler and Heun between training's times."""
+    sample = pipeline.guided(
+        name, pipeline.teacher(model.unet.config, np.float32),
+        pipeline.decode(model.vae.config, np.float32), schedule.from_config(model.scheduler),
+        parameterization.EPSILON, model.scheduler, num_steps=5, w=2.0,
+    )  # fmt: skip
+    text, null_text, x_T = jnp.zeros((2, 7, 16)), jnp.zeros((1, 7, 16)), jnp.zeros((2, 16, 16, 4))
+    params = model.unet.params, model.vae.params
+    assert jax.eval_shape(sample, *params, text, null_text, x_T).shape == (2, 32, 32, 3)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Shaped
 
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
-from slam_jax.shapes import Conditioning, Latent, SDXLText, Timestep
+from slam_jax.shapes import Coeff, Conditioning, Latent, SDXLText, Time, Timestep
 
 # What is guided away from: one for each example, or one for all.
 NullText = Float[Array, "#B L D"] | SDXLText
@@ -36,8 +36,26 @@ def guided(
 ) -> tuple[Latent, Latent]:
     """The teacher's guided (x_0hat, eps) at (x, t), from one call of batch 2B.
 
-    The first half of that batch is the conditional one; w = 0 is conditional only. An SDXLText
-    has the same sizes in both halves: null_text's time_ids are not read.
+    w = 0 is conditional only.
+    """
+    return guided_at(teacher, x, t, text, null_text, w, *schedule(t), prediction)
+
+
+def guided_at(
+    teacher: Callable[[Latent, Time, Conditioning], Latent],
+    x: Latent,
+    t: Time,
+    text: Conditioning,
+    null_text: NullText,
+    w: float,
+    alpha: Coeff,
+    sigma: Coeff,
+    prediction: Prediction,
+) -> tuple[Latent, Latent]:
+    """The same at levels that are given, for a time between two of the schedule's.
+
+    The first half of the batch is the conditional one. An SDXLText has the same sizes in both
+    halves: null_text's time_ids are not read.
     """
     if isinstance(text, SDXLText):
         null_text = null_text._replace(time_ids=text.time_ids)
@@ -47,7 +65,7 @@ def guided(
         text, null_text,
     )  # fmt: skip
     output = teacher(both_x, both_t, both_text)
-    alpha, sigma = schedule(both_t)
+    alpha, sigma = jnp.concatenate([alpha, alpha]), jnp.concatenate([sigma, sigma])
     x_0hat = prediction.to_x0(both_x, output, alpha, sigma)
     eps = prediction.to_eps(both_x, output, alpha, sigma)
     return cfg(*jnp.split(x_0hat, 2), w), cfg(*jnp.split(eps, 2), w)

@@ -1,13 +1,13 @@
 """Few-step consistency sampling and the teacher's DDIM sampling, each one scan over its times."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from slam_jax.diffusion import guidance, parameterization, solver
+from slam_jax.diffusion import guidance, ode_sampler, parameterization
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
@@ -93,15 +93,36 @@ def ddim_sample(
     w: float,
 ) -> Latent:
     """Guided DDIM from noise x_T through `times` (falling) to x_0; w = 0 is conditional only."""
-    batch = x_T.shape[0]
+    path = _ddim_path(times, schedule)
+    return ode_sampler.sample(
+        teacher, prediction, path, ode_sampler.uncorrected, x_T, text, null_text, w
+    )
 
-    def step(carry, inputs):
-        time, alpha, sigma = inputs
-        x = solver.ddim_step(*carry, alpha, sigma)
-        t = jnp.full((batch,), time)
-        x_0hat_eps = guidance.guided(teacher, x, t, text, null_text, w, schedule, prediction)
-        return x_0hat_eps, None
 
-    start = (jnp.zeros_like(x_T), x_T)
-    (x_0, _), _ = jax.lax.scan(step, start, (times, *_levels(schedule, times)))
-    return x_0
+def _ddim_path(times: Int[Array, "S"], schedule: Schedule) -> ode_sampler.Path:
+    return ode_sampler.Path(
+        times, schedule.alpha[times], schedule.sigma[times], jnp.zeros(times.shape), start=1.0
+    )
+
+
+def _default_ddim_path(num_steps: int, schedule: Schedule, scheduler: Mapping) -> ode_sampler.Path:
+    """At the student's times, whatever spacing the scheduler's config names."""
+    original_steps = {"original_inference_steps": 50, **scheduler}["original_inference_steps"]
+    times = ddim_times(num_steps, original_steps, schedule.alpha.size)
+    return _ddim_path(times, schedule)
+
+
+# What a teacher can be sampled with.
+GUIDED = {
+    "ddim": ode_sampler.EULER._replace(path=_default_ddim_path),
+    "euler": ode_sampler.EULER,
+    "heun": ode_sampler.HEUN,
+    "dpm++2m": ode_sampler.DPM_SOLVER,
+}
+
+
+def guided(name: str) -> ode_sampler.Sampler:
+    """The sampler of that name, its network_calls included."""
+    if name not in GUIDED:
+        raise UserError(f"sampler {name!r} is not known; there are {', '.join(GUIDED)}")
+    return GUIDED[name]

@@ -5,13 +5,13 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from slam_jax.shapes import SDXLText
 
 
 def sinusoid_angles(
-    timesteps: Int[Array, "B"], num_frequencies: int, freq_shift: int
+    timesteps: Real[Array, "B"], num_frequencies: int, freq_shift: int
 ) -> Float[Array, "B F"]:
     """t * 10000^(-i / (F - freq_shift)) in float32 for i = 0 ... F-1 (Vaswani et al. 2017).
 
@@ -25,7 +25,7 @@ def sinusoid_angles(
 
 
 def sinusoid(
-    numbers: Int[Array, "B"], dim: int, flip_sin_to_cos: bool, freq_shift: int
+    numbers: Real[Array, "B"], dim: int, flip_sin_to_cos: bool, freq_shift: int
 ) -> Float[Array, "B F"]:
     """Sines, then cosines, of every number's angles, float32; flipped: cosines first."""
     angles = sinusoid_angles(numbers, dim // 2, freq_shift)
@@ -47,7 +47,7 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, timesteps: Int[Array, "B"], condition: Float[Array, "B _"] | None
+        self, timesteps: Real[Array, "B"], condition: Float[Array, "B _"] | None
     ) -> Float[Array, "B _"]:
         x = sinusoid(timesteps, self.sinusoid_dim, self.flip_sin_to_cos, self.freq_shift)
         if self.time_cond_proj_dim is None:

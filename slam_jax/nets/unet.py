@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from slam_jax.errors import UserError
 from slam_jax.nets import attention, embeddings, layers, unet_blocks
-from slam_jax.shapes import Conditioning
+from slam_jax.shapes import Conditioning, Time
 
 # Whether a block type of the config has transformers.
 DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -56,13 +56,13 @@ class UNet2DConditionModel(nn.Module):
     def __call__(
         self,
         sample: Float[Array, "B h w _"],
-        timesteps: Int[Array, "B"],
+        timesteps: Time,
         encoder_hidden_states: Conditioning,
         timestep_cond: Float[Array, "B _"] | None = None,
     ) -> Float[Array, "B h w _"]:
         """Latents of any height and width -> output of the same size, in the sample's dtype.
 
-        timesteps: integers in [0, 1000). encoder_hidden_states: an SDXLText where
+        timesteps: in [0, 1000). encoder_hidden_states: an SDXLText where
         addition_embed_type is "text_time". timestep_cond: [B, time_cond_proj_dim].
         """
         assert sample.shape[-1] == self.in_channels, (sample.shape, self.in_channels)
