@@ -48,7 +48,7 @@ _MODEL = flags.DEFINE_multi_string(
     "the Hugging Face hub; may be repeated. Default: the protocol's.",
 )  # fmt: skip
 _SAMPLERS = flags.DEFINE_list(
-    "samplers", None, f"Of {', '.join(samplers.GUIDED)} and, for students, {samplers.FEW_STEP}."
+    "samplers", None, f"Of {', '.join(samplers.KNOWN)}, the last for students."
 )
 _STEPS = flags.DEFINE_list("steps", None, "Such as 4,2,1.")
 _W = flags.DEFINE_list(
@@ -146,7 +146,7 @@ def _candidates(protocol: Protocol, copies: Sequence[tuple[str, str]]) -> list[C
         entries = samplers.entries(
             model, _SAMPLERS.value or known,
             steps if _STEPS.value is None else _numbers("steps", _STEPS.value, int),
-            ws, wanted.original_steps,
+            ws, wanted.original_steps, wanted.spacing,
         )  # fmt: skip
         found.append((name, model, wanted.dtype, entries))
     return [drawing.candidate(*each) for each in found]

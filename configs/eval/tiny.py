@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
             student_steps=(4, 2, 1),
             w=(8.0,),  # 0 = conditional only; diffusers' guidance_scale is w + 1
             original_steps=50,
+            spacing="trailing",  # DDIM and students start at the last time too
             batch_size=128,
             dtype="float32",
         )

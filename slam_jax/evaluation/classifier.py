@@ -1,7 +1,9 @@
 """The classifier of shapes2d as an extractor: what a picture shows, and 64 features of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +23,20 @@ def read(folder: str | Path, size: int) -> dict:
     return translate.to_params(tensorfile.read(file), shapes, str(file), dtype=np.float32)
 
 
-def extractor(params: dict) -> Extractor:
-    """{"pool": [B, 64], "logits": [B, 22], those of all labels side by side}."""
+def extractor(params: dict, *, place: Callable[[Any], Any] = jax.device_put) -> Extractor:
+    """{"pool": [B, 64], "logits": [B, 22], those of all labels side by side}.
+
+    place: puts the parameters on the devices where pictures will be.
+    """
     net = classifier.ShapesClassifier(shapes2d.LABEL_SIZES)
     name, sha256 = "classifier of shapes2d", fingerprint.of_params(params)
-    params = jax.device_put(params)
 
     @jax.jit
-    def apply(pixels):
+    def apply(params, pixels):
         features, logits = net.apply({"params": params}, pixels)
         return {"pool": features, "logits": jnp.concatenate(logits, axis=-1)}
 
-    return Extractor(name, sha256, _prepare, apply)
+    return Extractor(name, sha256, _prepare, partial(apply, place(params)))
 
 
 def _prepare(pixels: UInt8[np.ndarray, "B H W 3"]) -> Float[np.ndarray, "B H W 3"]:

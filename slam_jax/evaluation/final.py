@@ -30,6 +30,7 @@ TEACHER_STEPS = (50, 4, 2, 1)
 STUDENT_STEPS = (4, 2, 1)
 _NUM_REFERENCES = 4000  # real drawings behind the Frechet distance
 _KID_SUBSET = 32
+_SPACING = "trailing"
 _BOOTSTRAP = 200
 _BATCH_SIZE = 128  # images drawn at a time, on each device
 
@@ -60,7 +61,7 @@ def of_run(settings: Settings) -> Protocol:
         reference=protocols.Reference("shapes2d", _NUM_REFERENCES, seed + 2, "none", "", ""),
         comparison=protocols.Comparison(
             (), ("ddim",), TEACHER_STEPS, STUDENT_STEPS, (settings.distill.w,),
-            settings.distill.num_subpaths, _BATCH_SIZE, settings.teacher.dtype,
+            settings.distill.num_subpaths, _SPACING, _BATCH_SIZE, settings.teacher.dtype,
         ),
     )  # fmt: skip
 
@@ -107,7 +108,7 @@ def report(
 
 def _candidates(teacher, student, settings: Settings) -> list[Candidate]:
     distill, known = settings.distill, ("ddim", samplers.FEW_STEP)
-    grid = (distill.w,), distill.num_subpaths
+    grid = (distill.w,), distill.num_subpaths, _SPACING
     return [
         drawing.candidate(name, model, dtype, samplers.entries(model, known, steps, *grid))
         for name, model, dtype, steps in (

@@ -1,13 +1,14 @@
 """From pictures to what is kept of each: features, and how well it fits its caption."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from slam_jax.evaluation import classifier, clip
+from slam_jax.evaluation import classifier, clip, inception
 from slam_jax.evaluation.extractor import Extractor
 from slam_jax.evaluation.pixels import Pixels
 from slam_jax.evaluation.protocol import Clip, Features
@@ -31,18 +32,28 @@ class Meters(NamedTuple):
 
 def check(features: Features, chosen: Clip, size: int) -> None:
     """UserError if the networks' files are not there or not right; touches no device."""
-    del chosen
-    if features.network == "classifier":
-        classifier.read(features.weights, size)
+    _extractor(features, size, _as_it_is)
+    _scorer(chosen, _as_it_is)
 
 
 def load(features: Features, chosen: Clip, size: int, devices: Mesh) -> Meters:
     """The networks on the devices, over which pictures are spread."""
-    extractor = classifier.extractor(classifier.read(features.weights, size))
-    scorer = None
-    if chosen.model:
-        scorer = clip.scorer(chosen.model, chosen.prefix, place=_replicated(devices))
-    return of_networks(extractor, scorer, devices)
+    place = partial(jax.device_put, device=NamedSharding(devices, P()))
+    return of_networks(_extractor(features, size, place), _scorer(chosen, place), devices)
+
+
+def _as_it_is(params: Any) -> Any:
+    return params
+
+
+def _extractor(features: Features, size: int, place: Callable[[Any], Any]) -> Extractor:
+    if features.network == "inception":
+        return inception.extractor(features.weights, features.mode, place=place)
+    return classifier.extractor(classifier.read(features.weights, size), place=place)
+
+
+def _scorer(chosen: Clip, place: Callable[[Any], Any]) -> clip.Scorer | None:
+    return clip.scorer(chosen.model, chosen.prefix, place=place) if chosen.model else None
 
 
 def of_networks(extractor: Extractor, scorer: clip.Scorer | None, devices: Mesh) -> Meters:
@@ -65,7 +76,3 @@ def _run(extractor: Extractor, pixels: Pixels, devices: Mesh) -> Arrays:
     """Spread over the devices, which must divide the pictures."""
     rows = NamedSharding(devices, P("data"))
     return jax.device_get(extractor.apply(jax.device_put(extractor.prepare(pixels), rows)))
-
-
-def _replicated(devices: Mesh) -> Callable[[Any], Any]:
-    return lambda params: jax.device_put(params, NamedSharding(devices, P()))

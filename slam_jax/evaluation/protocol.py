@@ -16,6 +16,7 @@ FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 NETWORKS = ("classifier", "inception")
 INCEPTION_MODES = ("clean", "legacy")
 REFERENCE_SOURCES = ("shapes2d", "pictures")
+SPACINGS = ("", "leading", "linspace", "trailing")
 CROPS = ("middle", "none")
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage", "prompt_accuracy", "clip")
 _SHOWN_DIGITS = 12  # of a hash
@@ -73,7 +74,8 @@ class Comparison(NamedTuple):
     teacher_steps: tuple
     student_steps: tuple
     w: tuple  # guidance of models that are no students (guidance_scale - 1)
-    original_steps: int  # grid on which a teacher's times lie
+    original_steps: int  # grid on which the times of a teacher's ddim lie
+    spacing: str  # timestep_spacing of other samplers: trailing, linspace, leading; "": the model's
     batch_size: int  # images at a time, on each device
     dtype: str  # in which models compute
 
@@ -112,6 +114,7 @@ def from_config(config: Mapping[str, Any]) -> Protocol:
     _one_of("features.mode", features.mode, modes)
     _one_of("reference.source", reference.source, REFERENCE_SOURCES)
     _one_of("reference.crop", reference.crop, CROPS)
+    _one_of("comparison.spacing", comparison.spacing, SPACINGS)
     for metric in protocol.metrics or ("",):
         _one_of("metrics", metric, METRICS)
     _at_least(2, "prompts.count", prompts.count)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from slam_jax.nets import classifier, clip, clip_image, unet, vae
+from slam_jax.nets import classifier, clip, clip_image, inception, unet, vae
 from slam_jax.shapes import SDXLText
 
 
@@ -43,6 +43,11 @@ def of_clip_image(config: Mapping) -> dict:
 def of_classifier(label_sizes: tuple[int, ...], size: int) -> dict:
     """Tree of ShapeDtypeStruct of the ShapesClassifier for square images of `size` pixels."""
     return _shapes(classifier.ShapesClassifier(label_sizes), _floats(1, size, size, 3))
+
+
+def of_inception() -> dict:
+    """Tree of ShapeDtypeStruct of the InceptionV3 behind the Frechet inception distance."""
+    return _shapes(inception.Inception(), _floats(1, inception.SIZE, inception.SIZE, 3))
 
 
 # Tracing takes seconds, and one process reads several folders of one shape.
