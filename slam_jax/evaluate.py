@@ -208,7 +208,7 @@ def _say_what_is_measured(setup: Setup, hashed: Hashed, real: Reference) -> None
     count = len(setup.chosen.captions)
     print(
         f"protocol {_name()}, hash {setup.digest}: {count:,} captions, sha256 {hashed.prompts}; "
-        f"references: {real.identity}; features: {setup.meters.features.name}"
+        f"references: {real.identity}; networks: {setup.meters.name()}"
     )
     if "fid" in setup.protocol.metrics and (warning := score.warning(real, count)):
         command.warn(warning)

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.features = ConfigDict(
         dict(network="classifier", mode="", weights="assets/tiny_sd/classifier")
     )
-    config.clip = ConfigDict(dict(model="", prefix=""))
+    config.clip = ConfigDict(dict(model="", prefix="", hps=""))
     config.reference = ConfigDict(
         dict(source="shapes2d", count=4000, seed=3, crop="none", sha256="", file="")
     )

@@ -57,7 +57,7 @@ def of_run(settings: Settings) -> Protocol:
         prompts=protocols.Prompts("shapes2d", settings.eval.num_images, seed + 1, "", ""),
         images=protocols.Images(size, size, "lanczos"),
         features=protocols.Features("classifier", "", settings.eval.judge),
-        clip=protocols.Clip("", ""),
+        clip=protocols.Clip("", "", ""),
         reference=protocols.Reference("shapes2d", _NUM_REFERENCES, seed + 2, "none", "", ""),
         comparison=protocols.Comparison(
             (), ("ddim",), TEACHER_STEPS, STUDENT_STEPS, (settings.distill.w,),

@@ -1,6 +1,6 @@
 """From pictures to what is kept of each: features, and how well it fits its caption."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,26 +20,33 @@ class Meters(NamedTuple):
     """What measures pictures."""
 
     features: Extractor
-    scorer: clip.Scorer | None
+    scorers: Mapping[str, clip.Scorer]  # by metric
     features_of: Callable[[Pixels], Arrays]  # all outputs of the extractor
-    scores_of: Callable[[Pixels, Sequence[str]], Arrays]  # {} without a scorer
+    scores_of: Callable[[Pixels, Sequence[str]], Arrays]  # one of each scorer
 
     def fingerprints(self) -> tuple[str, ...]:
         """Of the networks and what is done to pictures before them."""
-        scorer = () if self.scorer is None else (self.scorer.pictures.fingerprint,)
-        return (self.features.fingerprint, *scorer)
+        return (
+            self.features.fingerprint,
+            *(scorer.pictures.fingerprint for scorer in self.scorers.values()),
+        )
+
+    def name(self) -> str:
+        """For people."""
+        scorers = (scorer.pictures.name for scorer in self.scorers.values())
+        return "; ".join([self.features.name, *scorers])
 
 
 def check(features: Features, chosen: Clip, size: int) -> None:
     """UserError if the networks' files are not there or not right; touches no device."""
     _extractor(features, size, _as_it_is)
-    _scorer(chosen, _as_it_is)
+    _scorers(chosen, _as_it_is)
 
 
 def load(features: Features, chosen: Clip, size: int, devices: Mesh) -> Meters:
     """The networks on the devices, over which pictures are spread."""
     place = partial(jax.device_put, device=NamedSharding(devices, P()))
-    return of_networks(_extractor(features, size, place), _scorer(chosen, place), devices)
+    return of_networks(_extractor(features, size, place), _scorers(chosen, place), devices)
 
 
 def _as_it_is(params: Any) -> Any:
@@ -52,24 +59,30 @@ def _extractor(features: Features, size: int, place: Callable[[Any], Any]) -> Ex
     return classifier.extractor(classifier.read(features.weights, size), place=place)
 
 
-def _scorer(chosen: Clip, place: Callable[[Any], Any]) -> clip.Scorer | None:
-    return clip.scorer(chosen.model, chosen.prefix, place=place) if chosen.model else None
+def _scorers(chosen: Clip, place: Callable[[Any], Any]) -> dict[str, clip.Scorer]:
+    scorers = {}
+    if chosen.model:
+        scorers["clip"] = clip.scorer(chosen.model, chosen.prefix, place=place)
+    if chosen.hps:
+        scorers["hps"] = clip.hps_scorer(chosen.hps, place=place)
+    return scorers
 
 
-def of_networks(extractor: Extractor, scorer: clip.Scorer | None, devices: Mesh) -> Meters:
+def of_networks(extractor: Extractor, scorers: Mapping[str, clip.Scorer], devices: Mesh) -> Meters:
     """Meters of networks that lie on the devices already."""
 
     def features_of(pixels: Pixels) -> Arrays:
         return _run(extractor, pixels, devices)
 
     def scores_of(pixels: Pixels, captions: Sequence[str]) -> Arrays:
-        if scorer is None:
-            return {}
-        pictures = _run(scorer.pictures, pixels, devices)["embedding"]
-        scores = clip_score.per_pair(pictures, scorer.captions(captions))
-        return {"clip": scores}
+        return {
+            metric: clip_score.per_pair(
+                _run(scorer.pictures, pixels, devices)["embedding"], scorer.captions(captions)
+            )
+            for metric, scorer in scorers.items()
+        }
 
-    return Meters(extractor, scorer, features_of, scores_of)
+    return Meters(extractor, scorers, features_of, scores_of)
 
 
 def _run(extractor: Extractor, pixels: Pixels, devices: Mesh) -> Arrays:

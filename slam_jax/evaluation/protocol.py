@@ -18,7 +18,17 @@ INCEPTION_MODES = ("clean", "legacy")
 REFERENCE_SOURCES = ("shapes2d", "pictures")
 SPACINGS = ("", "leading", "linspace", "trailing")
 CROPS = ("middle", "none")
-METRICS = ("fid", "kid", "precision", "recall", "density", "coverage", "prompt_accuracy", "clip")
+METRICS = (
+    "fid",
+    "kid",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "prompt_accuracy",
+    "clip",
+    "hps",
+)
 _SHOWN_DIGITS = 12  # of a hash
 
 
@@ -51,8 +61,9 @@ class Features(NamedTuple):
 class Clip(NamedTuple):
     """How well an image fits its caption."""
 
-    model: str  # folder of a CLIP, as transformers writes it; "" for none
+    model: str  # a CLIP as transformers writes it, folder or ORG/NAME on the hub; "" for none
     prefix: str  # before every caption
+    hps: str  # folder of an HPSv2 checkpoint in the same layout; "" for none
 
 
 class Reference(NamedTuple):
@@ -148,11 +159,12 @@ def _at_least(least: int, name: str, value: int) -> None:
 
 def _consistent(protocol: Protocol) -> Protocol:
     """Metrics need what they are made of."""
-    if "clip" in protocol.metrics and not protocol.clip.model:
-        raise UserError(
-            "protocol.metrics asks for clip, and protocol.clip.model names no CLIP; give "
-            "--protocol.clip.model=FOLDER, or leave clip out"
-        )
+    for metric, key in (("clip", "model"), ("hps", "hps")):
+        if (metric in protocol.metrics) != bool(protocol.clip._asdict()[key]):
+            raise UserError(
+                f"protocol.metrics {protocol.metrics} and protocol.clip.{key} "
+                f"{protocol.clip._asdict()[key]!r}: give {metric} and its network, or neither"
+            )
     if "prompt_accuracy" in protocol.metrics and (
         protocol.features.network != "classifier" or protocol.prompts.source != "shapes2d"
     ):
@@ -175,7 +187,6 @@ def digest(protocol: Protocol, hashed: Hashed) -> str:
         "bootstrap": protocol.bootstrap,
         "images": as_dict(images),
         "features": (protocol.features.network, protocol.features.mode),
-        "clip": protocol.clip.prefix if "clip" in protocol.metrics else "",
         "crop": reference.crop if reference.source == "pictures" else "",
         **as_dict(hashed),
     }

@@ -14,9 +14,10 @@ from slam_jax.metrics import bootstrap, estimate, fid, kid, precision_recall, pr
 _OF_PAIRS = ("precision", "recall", "density", "coverage")
 # Metrics that compare sets of features, for which the references' Gaussian is not enough.
 OF_FEATURES = ("kid", *_OF_PAIRS)
-HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "prompt_accuracy", "clip")
+HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "prompt_accuracy", "clip", "hps")
 _NAMES = {
     "fid": "FID", "kid": "KID", "prompt_accuracy": "prompt accuracy", "clip": "CLIP score",
+    "hps": "HPSv2",
 }  # fmt: skip
 Features = Float[np.ndarray, "N F"]
 _NEIGHBOURS = 6  # as many images as precision and recall need
@@ -58,8 +59,8 @@ def scores(
                 found[metric] = Score(*kid.kid(reference.features, features, subset, _SEED))
             case "prompt_accuracy":
                 found[metric] = _prompt_accuracy(measured["logits"], labels)
-            case "clip":
-                found[metric] = Score(*estimate.of(measured["clip"]))
+            case "clip" | "hps":
+                found[metric] = Score(*estimate.of(measured[metric]))
     return {name(metric, protocol): found[metric] for metric in protocol.metrics}
 
 
