@@ -302,7 +302,16 @@ def imported_functions(source: Source) -> Found:
     """
     for line, name in imports(source.tree):
         *module, last = name.split(".")
-        packages = {"diffusion", "nets", "data", "runtime", "distill", "weights", "metrics", "evaluation"}
+        packages = {
+            "diffusion",
+            "nets",
+            "data",
+            "runtime",
+            "distill",
+            "weights",
+            "metrics",
+            "evaluation",
+        }
         whole = len(module) == 1 or (len(module) == 2 and module[1] in packages | {"settings"})
         if module[:1] == ["slam_jax"] and not whole and not last.lstrip("_")[:1].isupper():
             yield line, f"from {'.'.join(module)} import {last}"

@@ -28,6 +28,8 @@ _BATCH_SIZE = 256  # captions at a time
 # Of what the Human Preference Score is a fine-tune: OpenCLIP's ViT-H/14.
 _HPS_TEXT = {"hidden_size": 1024, "num_hidden_layers": 24, "projection_dim": 1024}
 _HPS_IMAGE = {"hidden_size": 1280, "num_hidden_layers": 32, "patch_size": 14}
+# Of OpenCLIP's model the repository has both, and a fine-tune's file beside them would be unused.
+_WEIGHTS = ("model.safetensors", weights.OPEN_CLIP)
 
 
 class Scorer(NamedTuple):
@@ -58,9 +60,11 @@ def hps_scorer(folder: str, *, place: Callable[[Any], Any] = jax.device_put) -> 
     """The Human Preference Score v2 (Wu et al. 2023) of a CLIP-H that was fine-tuned for it.
 
     As HPSv2's own program computes it, but x 100, as its papers' tables have it: the cosine
-    without prefix. folder: in the layout of transformers' CLIPModel, on this machine.
+    without prefix. folder: on this machine, as weights/clip.py reads it.
     """
     found = weights.read(folder)
+    if len(files := [name for name in _WEIGHTS if (Path(folder) / name).is_file()]) > 1:
+        raise UserError(f"{folder} holds {' and '.join(files)}; remove what is not HPSv2's")
     for config, wanted in ((found.text.config, _HPS_TEXT), (found.image.config, _HPS_IMAGE)):
         for key, value in wanted.items():
             if config[key] != value:

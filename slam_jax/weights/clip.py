@@ -1,4 +1,7 @@
-"""A CLIP for scoring: a folder in the layout of transformers' CLIPModel, read and checked."""
+"""A CLIP for scoring: a folder in the layout of transformers' CLIPModel, read and checked.
+
+Its weights may be in OpenCLIP's layout too, as fine-tunes of OpenCLIP's models are.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +11,16 @@ import numpy as np
 
 from slam_jax.errors import UserError
 from slam_jax.weights import folder as folders
-from slam_jax.weights import hub, names, pretrained, templates, tensorfile, translate
+from slam_jax.weights import (
+    hub,
+    ldm,
+    ldm_names,
+    names,
+    pretrained,
+    templates,
+    tensorfile,
+    translate,
+)
 
 _FILES = [
     "config.json", "preprocessor_config.json", "processor_config.json", "vocab.json", "merges.txt",
@@ -18,6 +30,9 @@ _SAFETENSORS = [
     "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors",
 ]  # fmt: skip
 _MSGPACK = f"{folders.FLAX_STEMS['model']}.msgpack"
+# Of OpenCLIP's own layout, as its repositories and its fine-tunes have it.
+OPEN_CLIP = "open_clip_model.safetensors"
+_WEIGHTS = (*_SAFETENSORS[:2], _MSGPACK, OPEN_CLIP)
 
 # transformers' CLIPModel reads of its config.json these keys alone, and takes these values for
 # what is not there.
@@ -36,8 +51,15 @@ _LAYOUT = (
     "give a folder in the layout of transformers' CLIPModel, such as openai/clip-vit-large-patch14"
 )
 _CONVERT = (
-    "save it once, where you trust it, as a CLIPModel of transformers (save_pretrained, which "
-    "writes model.safetensors), and copy tokenizer and preprocessor_config.json beside it"
+    'convert it once, where you trust it: python -c "from transformers import CLIPModel as M; '
+    "M.from_pretrained('FOLDER', use_safetensors=False).save_pretrained('FOLDER')\""
+)
+_CONVERT_OPEN_CLIP = (
+    "convert it once, where you trust it, into a folder with the config.json, tokenizer and "
+    "preprocessor_config.json of the model that it was trained from (and not its weights): python "
+    '-c "import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in '
+    "torch.load('{name}', map_location='cpu', weights_only=True)['state_dict'].items()}}, "
+    "'FOLDER/open_clip_model.safetensors')\""
 )
 
 
@@ -57,11 +79,12 @@ class CLIP(NamedTuple):
 def locate(model: str, revision: str = "") -> Path:
     """The folder of `model`: it itself, or where ORG/NAME of the hub was fetched to.
 
-    Of the weights come safetensors, or, where there are none, Flax's msgpack; never a pickle.
+    Of the weights come safetensors, or, where there are none, Flax's msgpack and OpenCLIP's own;
+    never a pickle.
     """
     root = hub.locate_files(model, revision, [*_FILES, *_SAFETENSORS])
-    if root.is_dir() and not _weights(root):
-        root = hub.locate_files(model, revision, [*_FILES, _MSGPACK])
+    if root.is_dir() and not _has_weights(root):
+        root = hub.locate_files(model, revision, [*_FILES, _MSGPACK, OPEN_CLIP])
     return root
 
 
@@ -76,13 +99,13 @@ def read(folder: str | Path) -> CLIP:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}; {_LAYOUT}")
     text, image = _described(root / "config.json")
-    if not _weights(root):
+    if not _has_weights(root):
         raise UserError(_no_weights(root))
     preprocessor = _preprocessor(root)
     tokenizer = folders.find_tokenizer(root)
-    source, stored = folders.find_tensors(root, "model", None)
+    source, tensors = _tensors(root, text, image)
     # In one piece, so that what neither tower has is told of.
-    found = translate.find(_under_our_names(stored), {**text.shapes, **image.shapes}, str(source))
+    found = translate.find(tensors, {**text.shapes, **image.shapes}, str(source))
     params = translate.load(found, dtype=np.float32)
     towers = (
         pretrained.Component(each.config, {module: params[module] for module in each.shapes})
@@ -141,8 +164,8 @@ def _resolved(path: str | Path, config: Mapping, name: str, defaults: Mapping) -
     return {key: given.get(key, value) for key, value in defaults.items()}
 
 
-def _weights(root: Path) -> list[Path]:
-    return [path for pattern in (*_SAFETENSORS[:2], _MSGPACK) for path in root.glob(pattern)]
+def _has_weights(root: Path) -> bool:
+    return any((root / name).is_file() for name in _WEIGHTS)
 
 
 def _preprocessor(root: Path) -> dict:
@@ -161,14 +184,43 @@ def _preprocessor(root: Path) -> dict:
     return folders.read_json(path)
 
 
-def _under_our_names(stored: Mapping[str, tensorfile.Stored]) -> dict[str, tensorfile.Stored]:
+def _tensors(
+    root: Path, text: pretrained.Described, image: pretrained.Described
+) -> tuple[Path, dict[str, tensorfile.Stored]]:
+    """The file of weights, and its tensors by our names."""
+    if not any((root / name).is_file() for name in _WEIGHTS if name != OPEN_CLIP):
+        return root / OPEN_CLIP, _from_open_clip(root / OPEN_CLIP, text, image)
+    source, stored = folders.find_tensors(root, "model", None)
     named = {names.clip(name): tensor for name, tensor in stored.items()}
-    return {name: tensor for name, tensor in named.items() if name is not None}
+    return source, {name: tensor for name, tensor in named.items() if name is not None}
+
+
+def _from_open_clip(
+    path: Path, text: pretrained.Described, image: pretrained.Described
+) -> dict[str, tensorfile.Stored]:
+    """OpenCLIP's tensors by our names; UserError unless they are the towers'."""
+    modules = {
+        **ldm_names.open_clip(text.config["num_hidden_layers"]),
+        **ldm_names.open_clip_image(image.config["num_hidden_layers"]),
+    }
+    layout = ldm.Layout("", modules)
+    shapes = translate.torch_shapes({**text.shapes, **image.shapes})
+    stored = {
+        key: tensor
+        for key, tensor in tensorfile.read(path).items()
+        if key not in ("logit_scale", "attn_mask")
+    }
+    empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    wanted = {key: tensor.shape for key, tensor in ldm.to_ldm(empty, layout).items()}
+    remedy = "weights and config.json must be of one model"
+    translate.compare(stored, wanted, str(path), remedy)
+    return ldm.from_ldm(stored, shapes, layout)
 
 
 def _not_a_folder(path: Path) -> str:
     if path.suffix in folders.PICKLES:
-        return f"{path} is a pickle, which is never opened; {_CONVERT}"
+        convert = _CONVERT_OPEN_CLIP.format(name=path.name)
+        return f"{path} is a pickle, which is never opened; {convert}"
     return f"{path} is no folder; {_LAYOUT}"
 
 

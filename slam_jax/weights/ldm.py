@@ -50,6 +50,8 @@ SDXL = Family(
 FAMILIES = (SD_1, SD_2, SDXL)
 
 _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+# Matrices that OpenCLIP keeps as they are multiplied, not as a layer's.
+_TRANSPOSED = re.compile(r"(^|\.)(text_projection|visual\.proj)$")
 _CONVOLUTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight")
 
 
@@ -133,7 +135,7 @@ def from_ldm(
         if len(group) > 1:
             parts = [tensorfile.rows(stored[key], i, len(group)) for i in range(len(group))]
             found |= dict(zip(group, parts, strict=True))
-        elif key.endswith(".text_projection"):
+        elif _TRANSPOSED.search(key):
             found[group[0]] = tensorfile.transposed(stored[key])
         else:
             found[group[0]] = stored[key]
@@ -159,6 +161,6 @@ def _as_kept(key: str, tensors: list[np.ndarray]) -> np.ndarray | tensorfile.Sta
         return tensorfile.Stacked(tuple(tensors))
     if _CONVOLUTION.search(key):
         return tensors[0][..., None, None]
-    if key.endswith(".text_projection"):
+    if _TRANSPOSED.search(key):
         return tensors[0].T
     return tensors[0]

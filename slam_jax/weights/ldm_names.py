@@ -42,6 +42,14 @@ _OPEN_CLIP = {
     "text_model.final_layer_norm": "ln_final",
     "text_projection.weight": "text_projection",
 }
+_OPEN_CLIP_IMAGE = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding": "visual.conv1",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+    "visual_projection.weight": "visual.proj",
+}
 _OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
     "self_attn.out_proj": "attn.out_proj",
@@ -136,6 +144,15 @@ def open_clip(num_layers: int) -> dict[str, str]:
     modules = dict(_OPEN_CLIP)
     for i in range(num_layers):
         ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        modules |= _within(ours, theirs, _OPEN_CLIP_LAYER)
+    return modules
+
+
+def open_clip_image(num_layers: int) -> dict[str, str]:
+    """Our image tower's modules and tensors -> OpenCLIP's."""
+    modules = dict(_OPEN_CLIP_IMAGE)
+    for i in range(num_layers):
+        ours, theirs = f"vision_model.encoder.layers.{i}", f"visual.transformer.resblocks.{i}"
         modules |= _within(ours, theirs, _OPEN_CLIP_LAYER)
     return modules
 
