@@ -64,6 +64,7 @@ def test_markdown_columns_are_of_even_width_and_the_errors_are_explained():
         (table.Score(0.0, 0.0), "0 ± 0"),
         (table.Score(31.41592), "31.42"),
         (table.Score(float("nan"), float("nan")), "nan ± nan"),
+        (table.Score(float("inf"), float("nan")), "inf ± nan"),
         (table.Score(5.0, 0.25, (4.5, 5.5)), "5.00 ± 0.25 [4.50, 5.50]"),
     ],
 )

@@ -73,6 +73,8 @@ def test_equal_features_are_in_balls_of_no_size():
     reference[:6] = collapsed[:6]
     found = precision_recall.precision_recall(reference, collapsed)
     assert found.precision == 1.0 and found.recall == pytest.approx(6 / 20)
+    ((_, distances),) = precision_recall._distances(reference, reference)
+    assert (np.diag(distances) == 0.0).all() and (distances[:6, :6] == 0.0).all()
 
 
 def test_too_few_images():
