@@ -4,6 +4,7 @@
     python -m slam_jax.evaluate --protocol configs/eval/coco2014_30k.py --out runs/coco \
         --model ORG/NAME --model runs/sd15/student --captions captions_val2014.json \
         --reference val2014
+    python -m slam_jax.evaluate --protocol configs/eval/tiny.py --watch runs/tiny
 
 Killed at any moment, the same command goes on where it was and ends with the same numbers. Several
 hosts share the images; --out is then a folder that all of them see.
@@ -11,35 +12,38 @@ hosts share the images; --out is then a folder that all of them see.
 
 import contextlib
 import datetime
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from slam_jax import command, pipeline, students
+from slam_jax import command, experiment, pipeline, students, trained
 from slam_jax.errors import UserError
 from slam_jax.evaluation import (
     comparison,
     drawing,
+    history,
     measure,
     prompts,
     reference,
     samplers,
     score,
-    store,
     table,
 )  # fmt: skip
 from slam_jax.evaluation import protocol as protocols
 from slam_jax.evaluation.comparison import Setup
 from slam_jax.evaluation.drawing import Candidate
-from slam_jax.evaluation.measure import Meters
 from slam_jax.evaluation.protocol import Hashed, Protocol
 from slam_jax.evaluation.reference import Reference
-from slam_jax.runtime import bucket, folder, hosts, log, peers
+from slam_jax.runtime import bucket, checkpoint, folder, hosts, log
+from slam_jax.settings import Settings
 from slam_jax.weights import hub
 
 _PROTOCOL = config_flags.DEFINE_config_file("protocol", None, "Python file with get_config().")
@@ -59,19 +63,31 @@ _REFERENCE = flags.DEFINE_string(
     "reference", None, "Folder of real pictures, or statistics of them that this program has "
     "written; default: those in --out.",
 )  # fmt: skip
-_OUT = flags.DEFINE_string("out", None, "Folder of the results.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder of the results; with --watch by default WORKDIR/evaluation."
+)
+_WATCH = flags.DEFINE_string(
+    "watch", None, "WORKDIR of a training run: score its student at every checkpoint until the "
+    "last one, and keep the best.",
+)  # fmt: skip
+_WATCH_ONCE = flags.DEFINE_bool("watch_once", False, "Score the checkpoints there are, and end.")
 _KEEP_IMAGES = flags.DEFINE_bool("keep_images", False, "Keep every image as a PNG in --out.")
 _HOSTS = command.hosts_flags()
 _TIMEOUT_S = 600  # in which all hosts must have come
-_STATISTICS = "reference.npz"
+_POLL_S = 10.0  # between looks at a run's checkpoints
 
 
 def main() -> None:
     protocol = _protocol()
-    out = Path(_OUT.value)
+    out = Path(_OUT.value or (f"{_WATCH.value}/evaluation" if _WATCH.value else ""))
+    if not out.name:
+        raise UserError("--out must be given (see --help)")
     hosts.start(*_HOSTS(), timeout_s=_TIMEOUT_S)
     folder.check_writable(out)
     hosts.check_shared(out)
+    if _WATCH.value:
+        _watch(protocol, out, bucket.reached("watch", _WATCH.value))
+        return
     with contextlib.ExitStack() as stack:
         copies = [
             (name, stack.enter_context(bucket.copied("model", name))) for name in _models(protocol)
@@ -101,25 +117,51 @@ def _models(protocol: Protocol) -> list[str]:
 
 def _compare(protocol: Protocol, out: Path, copies: Sequence[tuple[str, str]]) -> None:
     # What a user may have got wrong comes first, before any work on a device.
+    inputs = _inputs(protocol, out)
+    candidates = _candidates(protocol, copies)
+    setup, real = _setup(protocol, out, inputs)
+    _draw(setup, candidates)
+    hosts.wait("drawn")
+    if hosts.is_first():
+        _write(setup, candidates, real)
+
+
+class _Inputs(NamedTuple):
+    """What the user gives beside models."""
+
+    chosen: prompts.Chosen
+    references: list[Path] | Path | None
+
+
+def _inputs(protocol: Protocol, out: Path) -> _Inputs:
     chosen = prompts.choose(protocol.prompts, _path(_CAPTIONS.value))
     measure.check(protocol.features, protocol.clip, protocol.images.resize)
-    files = _references(protocol, out)
-    candidates = _candidates(protocol, copies)
+    given = _path(_REFERENCE.value)
+    return _Inputs(chosen, reference.find(protocol.reference, protocol.images, given, out))
+
+
+def _setup(protocol: Protocol, out: Path, inputs: _Inputs) -> tuple[Setup, Reference]:
+    """What all rows share, on the devices; says what it is."""
     devices = Mesh(np.array(jax.local_devices()), ("data",))
     meters = measure.load(protocol.features, protocol.clip, protocol.images.resize, devices)
-    real = _reference(protocol, out, files, meters, devices)
-    hashed = Hashed(chosen.sha256, meters.fingerprints(), real.identity)
+    batch_size = devices.size * protocol.comparison.batch_size
+    real = reference.obtain(
+        inputs.references, protocol, meters.features.fingerprint, meters.features_of, batch_size,
+        out,
+    )  # fmt: skip
+    hashed = Hashed(inputs.chosen.sha256, meters.fingerprints(), real.identity)
     setup = Setup(
-        out, protocol, protocols.digest(protocol, hashed), chosen, meters, devices, hosts.part(),
-        _KEEP_IMAGES.value,
+        out, protocol, protocols.digest(protocol, hashed), inputs.chosen, meters, devices,
+        hosts.part(), _KEEP_IMAGES.value,
     )  # fmt: skip
     if hosts.is_first():
         _say_what_is_measured(setup, hashed, real)
+    return setup, real
+
+
+def _draw(setup: Setup, candidates: Sequence[Candidate]) -> None:
     with log.bar(0, comparison.num_calls(setup, candidates)) as progress:
         comparison.draw_all(setup, candidates, progress)
-    _wait("drawn")
-    if hosts.is_first():
-        _write(setup, candidates, real)
 
 
 def _path(value: str | None) -> Path | None:
@@ -159,51 +201,6 @@ def _numbers(flag: str, values: Sequence[str], kind: type) -> tuple:
         raise UserError(f"--{flag} {','.join(values)} must be numbers, such as 4,2,1") from None
 
 
-def _references(protocol: Protocol, out: Path) -> list[Path] | Path | None:
-    """Pictures, or the file of statistics; None where they are drawn."""
-    wanted, given = protocol.reference, _path(_REFERENCE.value)
-    if wanted.source == "shapes2d":
-        if given is not None:
-            raise UserError(f"--reference {given}: this protocol's references are shapes2d's")
-        return None
-    if given is not None and given.is_dir():
-        return reference.check_folder(given, wanted, protocol.images)
-    path = given or _path(wanted.file or None) or out / _STATISTICS
-    reference.check_file(path)
-    return path
-
-
-def _reference(
-    protocol: Protocol, out: Path, files: list[Path] | Path | None, meters: Meters, devices: Mesh
-) -> Reference:
-    """The statistics, made from pictures by all hosts if need be."""
-    wanted, images = protocol.reference, protocol.images
-    batch_size = devices.size * protocol.comparison.batch_size
-    if files is None:
-        return reference.draw_shapes2d(wanted, images, meters.features_of, batch_size)
-    needs_features = not {*score.OF_FEATURES}.isdisjoint(protocol.metrics)
-    network = meters.features.fingerprint
-    if isinstance(files, list):
-        where = out / "reference"
-        with log.bar(0, len(files)) as progress, log.phase(progress, "references"):
-            measured = reference.measure_pictures(
-                files, wanted, images, meters.features_of, batch_size, progress.bar.update
-            )
-            store.fill(where, store.missing(where, len(files), hosts.part()), measured)
-        _wait("references measured")
-        if hosts.is_first():
-            whole = store.read(where, len(files))
-            reference.write(out / _STATISTICS, whole, network, wanted, images, needs_features)
-        _wait("references written")
-        files = out / _STATISTICS
-    return reference.read(files, network, wanted, images, needs_features)
-
-
-def _wait(until: str) -> None:
-    if peers.known():
-        peers.wait_for_all(until)
-
-
 def _say_what_is_measured(setup: Setup, hashed: Hashed, real: Reference) -> None:
     count = len(setup.chosen.captions)
     print(
@@ -236,5 +233,56 @@ def _write(setup: Setup, candidates: Sequence[Candidate], real: Reference) -> No
     print(shown, end="")
 
 
+def _watch(protocol: Protocol, out: Path, workdir: epath.Path) -> None:
+    """Scores checkpoints as they come, oldest first."""
+    run = trained.read_settings(workdir)
+    teacher = experiment.teacher(run)
+    pipeline.latent_shape(teacher, protocol.images.size)
+    setup, real = _setup(protocol, out, _inputs(protocol, out))
+    seen: set[int] = {line["step"] for line in history.read(out, setup.digest)}
+    while True:
+        for step in sorted({*checkpoint.steps(workdir / trained.CHECKPOINTS)} - seen):
+            seen.add(step)
+            try:
+                student = _student(workdir, step, teacher, run)
+            except UserError as error:
+                command.warn(f"step {step} is left out: {error}")
+                continue
+            _score(setup, real, step, student)
+        run = trained.read_settings(workdir)
+        if _WATCH_ONCE.value or max(seen, default=0) >= run.num_steps:
+            return
+        time.sleep(_POLL_S)
+
+
+def _student(
+    workdir: epath.Path, step: int, teacher: pretrained.Pretrained, run: Settings
+) -> pretrained.Pretrained:
+    """The target of that step, as training would ship it."""
+    found = trained.read(workdir, step, "target", teacher.unet, run)
+    unet, _ = experiment.shipped(run, teacher.unet, found)
+    steps = run.distill.num_subpaths
+    return student_folder.student(teacher, unet, original_inference_steps=steps)
+
+
+def _score(setup: Setup, real: Reference, step: int, student: pretrained.Pretrained) -> None:
+    """Adds the step's line, and keeps the student if it is the best."""
+    wanted, metric = setup.protocol.comparison, setup.protocol.metrics[0]
+    steps = wanted.student_steps if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
+    entries = samplers.entries(student, (samplers.FEW_STEP,), steps, (), 0, "")
+    candidates = [drawing.candidate(f"step {step}", student, wanted.dtype, entries)]
+    _draw(setup, candidates)
+    rows = comparison.rows(setup, candidates, real)
+    new = history.line(step, candidates[0].identity, setup.digest, rows)
+    before = history.read(setup.out, setup.digest)
+    key = history.key(score.name(metric, setup.protocol), steps[0])
+    if history.is_best(new, before, metric, key):
+        pretrained.write(setup.out / "best", student)
+        print(f"step {step} is the best so far, by {key}: {new[key]:.4g}")
+    history.append(setup.out, new)
+    protocol = table.Protocol(_name(), setup.digest)
+    print(table.markdown(rows, protocol), end="", flush=True)
+
+
 if __name__ == "__main__":
-    command.run(main, required=("protocol", "out"), leave=hosts.leave)
+    command.run(main, required=("protocol",), leave=hosts.leave)

@@ -12,11 +12,17 @@ from jaxtyping import Float
 
 from slam_jax.data import shapes2d
 from slam_jax.errors import UserError
-from slam_jax.evaluation import pixels, protocol
-from slam_jax.evaluation.protocol import Images
+from slam_jax.evaluation import pixels, store
+from slam_jax.evaluation import protocol as protocols
+from slam_jax.evaluation.protocol import Images, Protocol
 from slam_jax.evaluation.store import Arrays
 from slam_jax.metrics import fid
 from slam_jax.runtime import folder as run_folder
+from slam_jax.runtime import hosts, log
+
+STATISTICS = "reference.npz"
+# Metrics that compare sets of features, for which the references' Gaussian is not enough.
+OF_FEATURES = ("kid", "precision", "recall", "density", "coverage")
 
 FeaturesOf = Callable[[pixels.Pixels], Arrays]
 
@@ -40,13 +46,13 @@ class Reference(NamedTuple):
     identity: str  # what they were made of; part of a protocol's hash
 
 
-def of_shapes2d(wanted: protocol.Reference, images: Images) -> str:
+def of_shapes2d(wanted: protocols.Reference, images: Images) -> str:
     """The identity of those drawings."""
     return f"shapes2d, size {images.size}, seed {wanted.seed}, {wanted.count} images"
 
 
 def draw_shapes2d(
-    wanted: protocol.Reference, images: Images, features_of: FeaturesOf, batch_size: int
+    wanted: protocols.Reference, images: Images, features_of: FeaturesOf, batch_size: int
 ) -> Reference:
     """The features of so many drawings, made anew, since that takes seconds."""
     source = shapes2d.Shapes2D(images.size, wanted.count, wanted.seed)
@@ -59,7 +65,7 @@ def draw_shapes2d(
     return Reference(fid.fit(features), features, of_shapes2d(wanted, images))
 
 
-def check_folder(folder: Path, wanted: protocol.Reference, images: Images) -> list[Path]:
+def check_folder(folder: Path, wanted: protocols.Reference, images: Images) -> list[Path]:
     """The pictures of the folder; UserError unless they are as many as the protocol has."""
     found = pixels.files(folder)
     if wanted.count not in (0, len(found)):
@@ -71,14 +77,56 @@ def check_folder(folder: Path, wanted: protocol.Reference, images: Images) -> li
     return found
 
 
-def check_file(path: Path) -> None:
-    """UserError unless it holds statistics of whatever protocol."""
+def find(
+    wanted: protocols.Reference, images: Images, given: Path | None, out: Path
+) -> list[Path] | Path | None:
+    """Pictures, or the file of statistics; None where they are drawn. UserError if there is none.
+
+    given: a folder or a file, else the protocol's file, else that which an earlier run left in out.
+    """
+    if wanted.source == "shapes2d":
+        if given is not None:
+            raise UserError(f"--reference {given}: this protocol's references are shapes2d's")
+        return None
+    if given is not None and given.is_dir():
+        return check_folder(given, wanted, images)
+    path = given or (Path(wanted.file) if wanted.file else out / STATISTICS)
     _read(path)
+    return path
 
 
-def measure_pictures(
-    files: list[Path], wanted: protocol.Reference, images: Images, features_of: FeaturesOf,
-    batch_size: int, advance: Callable[[int], object],
+def obtain(
+    found: list[Path] | Path | None, protocol: Protocol, network: str, features_of: FeaturesOf,
+    batch_size: int, out: Path,
+) -> Reference:  # fmt: skip
+    """The statistics of what `find` found, made by all hosts together if need be."""
+    wanted, images = protocol.reference, protocol.images
+    if found is None:
+        return draw_shapes2d(wanted, images, features_of, batch_size)
+    needs_features = not set(OF_FEATURES).isdisjoint(protocol.metrics)
+    if isinstance(found, list):
+        with log.bar(0, len(found)) as progress, log.phase(progress, "references"):
+            measure = _measurer(found, wanted, images, features_of, batch_size, progress)
+            where = out / "reference" / _key(found, network, wanted, images)
+            store.fill(where, store.missing(where, len(found), hosts.part()), measure)
+        hosts.wait("references measured")
+        if hosts.is_first():
+            whole = store.read(where, len(found))
+            write(out / STATISTICS, whole, network, wanted, images, needs_features)
+        hosts.wait("references written")
+        found = out / STATISTICS
+    return read(found, network, wanted, images, needs_features)
+
+
+def _key(files: list[Path], network: str, wanted: protocols.Reference, images: Images) -> str:
+    """Of what is kept of the pictures' features: the files may be others next time."""
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return protocols.of_json([stats, network, wanted.crop, images._asdict()])[:16]
+
+
+def _measurer(
+    files: list[Path], wanted: protocols.Reference, images: Images, features_of: FeaturesOf,
+    batch_size: int, progress: log.Progress,
 ) -> Callable[[range], Arrays]:  # fmt: skip
     """(numbers of pictures) -> {"features", "sha256", that of each file}, for store.fill."""
 
@@ -88,7 +136,7 @@ def measure_pictures(
             read = [pixels.read(files[number], wanted.crop, images) for number in numbers]
             pooled.append(features_of(np.stack([picture for picture, _ in read]))["pool"])
             digests += [bytes.fromhex(sha256) for _, sha256 in read]
-            advance(min(batch_size, len(shard)))
+            progress.bar.update(min(batch_size, shard.stop - int(numbers[0])))
         return {
             "features": np.concatenate(pooled)[: len(shard)],
             "sha256": np.stack([np.frombuffer(each, np.uint8) for each in digests])[: len(shard)],
@@ -98,7 +146,7 @@ def measure_pictures(
 
 
 def write(
-    path: Path, measured: Arrays, network: str, wanted: protocol.Reference, images: Images,
+    path: Path, measured: Arrays, network: str, wanted: protocols.Reference, images: Images,
     keep_features: bool,
 ) -> None:  # fmt: skip
     """The statistics of all pictures, and what they were made of."""
@@ -117,7 +165,7 @@ def write(
 
 
 def read(
-    path: Path, network: str, wanted: protocol.Reference, images: Images, needs_features: bool
+    path: Path, network: str, wanted: protocols.Reference, images: Images, needs_features: bool
 ) -> Reference:
     """The statistics in a file; UserError unless they were made as the protocol says."""
     about, arrays = _read(path)

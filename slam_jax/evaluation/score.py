@@ -12,8 +12,6 @@ from slam_jax.evaluation.table import Score
 from slam_jax.metrics import bootstrap, estimate, fid, kid, precision_recall, prompt_accuracy
 
 _OF_PAIRS = ("precision", "recall", "density", "coverage")
-# Metrics that compare sets of features, for which the references' Gaussian is not enough.
-OF_FEATURES = ("kid", *_OF_PAIRS)
 HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "prompt_accuracy", "clip", "hps")
 _NAMES = {
     "fid": "FID", "kid": "KID", "prompt_accuracy": "prompt accuracy", "clip": "CLIP score",
