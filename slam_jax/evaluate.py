@@ -44,7 +44,8 @@ from slam_jax.evaluation.protocol import Hashed, Protocol
 from slam_jax.evaluation.reference import Reference
 from slam_jax.runtime import bucket, checkpoint, folder, hosts, log
 from slam_jax.settings import Settings
-from slam_jax.weights import hub
+from slam_jax.weights import hub, pretrained
+from slam_jax.weights import student as student_folder
 
 _PROTOCOL = config_flags.DEFINE_config_file("protocol", None, "Python file with get_config().")
 _MODEL = flags.DEFINE_multi_string(

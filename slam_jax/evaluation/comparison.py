@@ -133,7 +133,7 @@ def _advance(progress: log.Progress, calls: int, count: int) -> None:
 
 
 def _keep(where: Path, numbers: np.ndarray, drawn: drawing.Pictures, keep_images: bool) -> None:
-    for number, picture in zip(numbers, drawn, strict=False):
+    for number, picture in zip(numbers.tolist(), drawn, strict=False):
         if keep_images or number < SHOWN:
             folder.write_atomic(_picture(where, number), images.png(picture))
 

@@ -57,7 +57,7 @@ def draw_shapes2d(
     """The features of so many drawings, made anew, since that takes seconds."""
     source = shapes2d.Shapes2D(images.size, wanted.count, wanted.seed)
     drawn = (
-        np.stack([source[number].image for number in numbers])
+        np.stack([source[int(number)].image for number in numbers])
         for numbers in pixels.batches(range(wanted.count), batch_size)
     )
     pooled = [features_of(pixels.resized(batch, images))["pool"] for batch in drawn]
@@ -191,8 +191,7 @@ def read(
 
 def _read(path: Path) -> tuple[About, Arrays]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = dict(arrays)
+        found = store.load(path)
         about = About(**json.loads(str(found.pop("about"))))
         return about, {name: found[name] for name in ("mean", "covariance", "features")}
     except FileNotFoundError:
@@ -200,7 +199,7 @@ def _read(path: Path) -> tuple[About, Arrays]:
             f"there are no reference statistics {path}; give a folder of pictures as --reference, "
             "of which they are made once"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} holds no statistics of this program ({type(error).__name__}: {error}), which "
             "say what they were made of; give the pictures' folder as --reference"

@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 def entries(
     model: pretrained.Pretrained, chosen: Sequence[str], steps: Sequence[int],
-    ws: Sequence[float], original_steps: int, spaced: str,
+    ws: Sequence[float | int], original_steps: int, spaced: str,
 ) -> list[Entry]:  # fmt: skip
     """Every combination of those samplers that are made for the model; UserError if one cannot be.
 

@@ -5,6 +5,8 @@ or not at all: whoever starts again does what is missing, and several hosts shar
 """
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,11 +46,20 @@ def read(folder: Path, count: int) -> Arrays:
     return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
 
 
+def load(path: Path) -> Arrays:
+    """The arrays in an .npz; OSError if there is no such file, ValueError if it is none."""
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"no whole .npz: {error}") from None
+
+
 def _read(path: Path, count: int) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = dict(arrays)
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        found = load(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); delete it and run again") from None
     if any(len(rows) != count for rows in found.values()):
         raise UserError(f"{path} does not hold {count} images; delete it and run again")
