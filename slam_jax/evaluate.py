@@ -40,8 +40,9 @@ from slam_jax.evaluation import (
 from slam_jax.evaluation import protocol as protocols
 from slam_jax.evaluation.comparison import Setup
 from slam_jax.evaluation.drawing import Candidate
-from slam_jax.evaluation.protocol import Hashed, Protocol
+from slam_jax.evaluation.protocol import Comparison, Hashed, Protocol
 from slam_jax.evaluation.reference import Reference
+from slam_jax.evaluation.samplers import Entry
 from slam_jax.runtime import bucket, checkpoint, folder, hosts, log
 from slam_jax.settings import Settings
 from slam_jax.weights import hub, pretrained
@@ -103,7 +104,7 @@ def _protocol() -> Protocol:
         raise UserError(f"--protocol: {command.one_line(error)}") from None
     protocol = protocols.from_config(config)
     score.check(protocol)
-    return protocol
+    return _asked(protocol)
 
 
 def _models(protocol: Protocol) -> list[str]:
@@ -174,25 +175,40 @@ def _candidates(protocol: Protocol, copies: Sequence[tuple[str, str]]) -> list[C
     models = [hub.find(path, "", "", "") for _, path in copies]
     kinds = [students.is_student(model) for model in models]
     names = [name for name, _ in copies]
-    wanted = protocol.comparison
     if _SAMPLERS.value is not None:
         samplers.check(_SAMPLERS.value, kinds, names)
     if _W.value is not None and all(kinds):
         raise UserError(f"--w {','.join(_W.value)}: students' guidance was fixed in training")
     for model in models:
         pipeline.latent_shape(model, protocol.images.size)
-    known = (*wanted.teacher_samplers, samplers.FEW_STEP)
-    ws = wanted.w if _W.value is None else _numbers("w", _W.value, float)
     found = []
     for name, model, is_student in zip(names, models, kinds, strict=True):
-        steps = wanted.student_steps if is_student else wanted.teacher_steps
-        entries = samplers.entries(
-            model, _SAMPLERS.value or known,
-            steps if _STEPS.value is None else _numbers("steps", _STEPS.value, int),
-            ws, wanted.original_steps, wanted.spacing,
-        )  # fmt: skip
-        found.append((name, model, wanted.dtype, entries))
+        entries = _entries(protocol.comparison, model, is_student)
+        found.append((name, model, protocol.comparison.dtype, entries))
     return [drawing.candidate(*each) for each in found]
+
+
+def _entries(wanted: Comparison, model: pretrained.Pretrained, is_student: bool) -> list[Entry]:
+    return samplers.entries(
+        model,
+        (*wanted.teacher_samplers, samplers.FEW_STEP),
+        wanted.student_steps if is_student else wanted.teacher_steps,
+        wanted.w, wanted.original_steps, wanted.spacing,
+    )  # fmt: skip
+
+
+def _asked(protocol: Protocol) -> Protocol:
+    """The protocol's own comparison, but for what the command line asks for."""
+    comparison = protocol.comparison
+    if _SAMPLERS.value is not None:
+        samplers.check_known(_SAMPLERS.value)
+        comparison = comparison._replace(teacher_samplers=tuple(_SAMPLERS.value))
+    if _STEPS.value is not None:
+        steps = _numbers("steps", _STEPS.value, int)
+        comparison = comparison._replace(teacher_steps=steps, student_steps=steps)
+    if _W.value is not None:
+        comparison = comparison._replace(w=_numbers("w", _W.value, float))
+    return protocol._replace(comparison=comparison)
 
 
 def _numbers(flag: str, values: Sequence[str], kind: type) -> tuple:
@@ -269,14 +285,13 @@ def _student(
 def _score(setup: Setup, real: Reference, step: int, student: pretrained.Pretrained) -> None:
     """Adds the step's line, and keeps the student if it is the best."""
     wanted, metric = setup.protocol.comparison, setup.protocol.metrics[0]
-    steps = wanted.student_steps if _STEPS.value is None else _numbers("steps", _STEPS.value, int)
-    entries = samplers.entries(student, (samplers.FEW_STEP,), steps, (), 0, "")
+    entries = _entries(wanted, student, is_student=True)
     candidates = [drawing.candidate(f"step {step}", student, wanted.dtype, entries)]
     _draw(setup, candidates)
     rows = comparison.rows(setup, candidates, real)
     new = history.line(step, candidates[0].identity, setup.digest, rows)
     before = history.read(setup.out, setup.digest)
-    key = history.key(score.name(metric, setup.protocol), steps[0])
+    key = history.key(score.name(metric, setup.protocol), wanted.student_steps[0])
     if history.is_best(new, before, metric, key):
         pretrained.write(setup.out / "best", student)
         print(f"step {step} is the best so far, by {key}: {new[key]:.4g}")

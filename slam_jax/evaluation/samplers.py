@@ -59,11 +59,16 @@ def _scheduler(model: pretrained.Pretrained, entry: Entry) -> dict:
     return {**model.scheduler, **spaced, "original_inference_steps": entry.original_steps}
 
 
-def check(chosen: Sequence[str], are_students: Sequence[bool], names: Sequence[str]) -> None:
-    """UserError for a sampler that is not known, or a model or a sampler without the other."""
+def check_known(chosen: Sequence[str]) -> None:
+    """UserError for a sampler that there is not."""
     for each in chosen:
         if each not in KNOWN:
             raise UserError(f"--samplers {each} is not known; there are {', '.join(KNOWN)}")
+
+
+def check(chosen: Sequence[str], are_students: Sequence[bool], names: Sequence[str]) -> None:
+    """UserError for a model or a sampler without the other."""
+    for each in chosen:
         if (each == FEW_STEP) not in are_students:
             kind = "few-step students" if each == FEW_STEP else "models that are no students"
             raise UserError(f"--samplers {each} is for {kind}, and {', '.join(names)} is none")
