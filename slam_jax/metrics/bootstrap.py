@@ -46,8 +46,8 @@ def fid_interval(
     at one; fid.standard_error stays closer.
 
     A round costs the products of the smaller of N F^2 and N^2 F, and the eigenvalues of that side:
-    a millisecond for 64 features; for 30,000 images and 2,048 features 3 s of a CPU core, with
-    two copies of the features in float64.
+    for 1,000 images and 64 features half a millisecond of a CPU core, for 10,000 and 2,048 0.8 s.
+    Holds two copies of the features in float64, and of most of one while it measures.
     """
     whole = _prepared(features, reference)
     rng = np.random.default_rng(seed)
