@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,9 @@ MODES = {"clean": inception_input.clean, "legacy": inception_input.legacy}
 _VERSION = 1
 
 
-def extractor(path: str, mode: str, *, place: Callable[[Any], Any] = jax.device_put) -> Extractor:
+def extractor(
+    path: str | Path, mode: str, *, place: Callable[[Any], Any] = jax.device_put
+) -> Extractor:
     """{"pool": [B, 2048]} of uint8 RGB pictures of any size; weights from `path`.
 
     mode: clean, as clean-fid; or legacy, as torch-fidelity (metrics/inception_input.py). place:

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ _CLASSES = {"fc.weight": (1008, inception.NUM_FEATURES), "fc.bias": (1008,)}
 _COUNTER = ".num_batches_tracked"  # of batch norm's training
 # torch.hub's custom: the name ends in the first digits of the file's sha256.
 _HASH = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+# What torch raises of a broken file, depending on which byte it is.
+_BROKEN = (
+    RuntimeError, pickle.UnpicklingError, struct.error, EOFError, ValueError, LookupError,
+    TypeError, AttributeError, AssertionError,
+)  # fmt: skip
 
 _REMEDY = "take pt_inception-2015-12-05-6726825d.pth from the releases of mseitzer/pytorch-fid"
 _CONVERT = (
@@ -70,11 +76,9 @@ def _state_dict(path: Path) -> dict[str, np.ndarray]:
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"{path} is cut short or no state dict of tensors ({reason}); {_REMEDY}"
-        ) from None
+    except _BROKEN:
+        # torch's own words go on for lines, and advise to run the pickle.
+        raise UserError(f"{path} is cut short or no state dict of tensors; {_REMEDY}") from None
     if not isinstance(loaded, Mapping) or not all(map(torch.is_tensor, loaded.values())):
         raise UserError(f"{path} is no state dict of tensors alone; {_REMEDY}")
     return {name: tensor.float().numpy() for name, tensor in loaded.items()}
