@@ -66,7 +66,9 @@ def test_reads_half_precision_and_the_buffers_of_older_files(folder):
     for tower, length in (("text", 77), ("vision", 10)):
         stored[f"{tower}_model.embeddings.position_ids"] = torch.arange(length)[None]
     safetensors_torch.save_file(stored, path)
-    assert_reads_as(clip.read(folder), expected)
+    found = clip.read(folder)
+    assert_reads_as(found, expected)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found.image.params))
 
 
 def test_reads_flaxs_msgpack_where_there_are_no_safetensors(folder):
@@ -133,12 +135,21 @@ def test_reads_open_clips_layout(folder):
     assert_reads_as(clip.read(folder), expected)
 
 
-@pytest.mark.parametrize("key", ["visual.proj", "transformer.resblocks.1.attn.in_proj_weight"])
-def test_open_clip_tensors_of_another_shape_are_refused(folder, key):
+@pytest.mark.parametrize(
+    "key, change, message",
+    [
+        ("visual.proj", lambda t: t[1:], "tensor 'visual.proj' has shape"),
+        ("transformer.resblocks.1.attn.in_proj_weight", lambda t: t[3:], "_weight' has shape"),
+        ("visual.ln_pre.bias", lambda t: None, "lacks tensor 'visual.ln_pre.bias'"),
+        ("visual.head.weight", lambda t: torch.zeros(1), "'visual.head.weight' is unknown"),
+    ],
+)
+def test_open_clip_tensors_of_another_model_are_refused(folder, key, change, message):
     renamed = to_open_clip(folder)
-    renamed[key] = renamed[key][1:].contiguous()
-    safetensors_torch.save_file(renamed, folder / "open_clip_model.safetensors")
-    with pytest.raises(UserError, match=f"open_clip_model.safetensors: tensor '{key}' has shape"):
+    renamed[key] = change(renamed.get(key))
+    stored = {name: t.contiguous() for name, t in renamed.items() if t is not None}
+    safetensors_torch.save_file(stored, folder / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match=f"open_clip_model.safetensors.*{message}"):
         clip.read(folder)
 
 
@@ -270,9 +281,3 @@ def test_a_file_is_no_folder(tmp_path, name):
     with pytest.raises(UserError, match="pickle, which is never|is no folder; give") as caught:
         clip.read(tmp_path / name)
     assert ("weights_only=True" in str(caught.value)) == name.endswith(".pt")
-
-
-def test_parameters_are_float32_on_the_host(clip_folder):
-    found = clip.read(clip_folder)
-    leaves = jax.tree.leaves((found.text.params, found.image.params))
-    assert all(isinstance(leaf, np.ndarray) and leaf.dtype == np.float32 for leaf in leaves)
