@@ -29,4 +29,6 @@ clean:
 # torch comes first and by its exact version, or pip would fetch the build with CUDA.
 .venv/test: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+# Without what it asks for: torchvision, which the tests do not use and not every torch has.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torch_fidelity
 	touch $@

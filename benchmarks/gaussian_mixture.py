@@ -28,16 +28,22 @@ from slam_jax.distill import gamma, loss, state, step, teacher
 from slam_jax.errors import UserError
 from slam_jax.nets import embeddings
 
-# Name -> (spread of x_gamma, law of gamma); all are the same at gamma = 1.
+_PUBLISHED, _FIXED = (
+    subpath.told_t(spread) for spread in (subpath.sigma_markov, subpath.sigma_fixed)
+)
+_HALF, _ANNEALED = gamma.mixture(0.5), gamma.annealed(0.0, 1.0, 0.5)
+# Name -> (what the student is fed, law of gamma); all are the same at gamma = 1.
 FORMS = {
-    "lcm": (subpath.sigma_fixed, gamma.ones),
-    "published": (subpath.sigma_markov, gamma.uniform),
-    "uniform-ddim": (subpath.sigma_ddim, gamma.uniform),
-    "uniform-fixed": (subpath.sigma_fixed, gamma.uniform),
-    "mixture": (subpath.sigma_markov, gamma.mixture(0.5)),
-    "mixture-fixed": (subpath.sigma_fixed, gamma.mixture(0.5)),
-    "anneal": (subpath.sigma_markov, gamma.annealed(0.0, 1.0, 0.5)),
-    "anneal-fixed": (subpath.sigma_fixed, gamma.annealed(0.0, 1.0, 0.5)),
+    "lcm": (_FIXED, gamma.ones),
+    "published": (_PUBLISHED, gamma.uniform),
+    "uniform-fixed": (_FIXED, gamma.uniform),
+    "uniform-matched": (subpath.matched, gamma.uniform),
+    "mixture": (_PUBLISHED, _HALF),
+    "mixture-fixed": (_FIXED, _HALF),
+    "mixture-matched": (subpath.matched, _HALF),
+    "anneal": (_PUBLISHED, _ANNEALED),
+    "anneal-fixed": (_FIXED, _ANNEALED),
+    "anneal-matched": (subpath.matched, _ANNEALED),
 }
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -47,7 +53,6 @@ SCHEDULER = {
 }
 STEPS = (1, 2, 4)
 _EMBEDDING_DIM = 64
-_DATA = 9000
 
 
 class Student(nn.Module):
@@ -65,7 +70,7 @@ class Student(nn.Module):
         )(t, condition)
         hidden = x[:, 0, 0]
         for _ in range(3):
-            hidden = nn.silu(nn.Dense(self.width)(hidden) + nn.Dense(self.width)(nn.silu(told)))
+            hidden = nn.silu(nn.Dense(self.width)(hidden) + told)
         return x + jnp.reshape(nn.Dense(x.shape[-1])(hidden), x.shape)
 
 
@@ -168,7 +173,10 @@ def truth(data: mixtures.Mixture, method: loss.Method, options) -> Truth:
     """The flow is followed through every time of the training."""
     noise_key, data_key = jax.random.split(jax.random.key(2**31))
     shape = (max(STEPS), options.samples, 1, 1, data.means.shape[1])
-    noise, y = jax.random.normal(noise_key, shape), mixtures.draw(data, data_key, _DATA)[:, 0, 0]
+    noise, y = (
+        jax.random.normal(noise_key, shape),
+        mixtures.draw(data, data_key, 2 * options.samples)[:, 0, 0],
+    )
     end = jax.jit(partial(follow, data, method, stride=1))(noise[0])
     return Truth(noise, end, y, jax.jit(mixtures.within)(y))
 
@@ -242,13 +250,13 @@ def parse() -> argparse.Namespace:
 def method(form: str, options) -> loss.Method:
     """The loss of that form, without guidance."""
     levels = schedule.from_config(SCHEDULER)
-    sigma, law = FORMS[form]
+    point, law = FORMS[form]
     return loss.checked(
         loss.Method(
             schedule=levels, prediction=parameterization.EPSILON,
             times=solver.start_grid(50, levels.alpha.size),
             length=options.length, stride=options.stride, w=0.0,
-            sigma=sigma, distance=loss.pseudo_huber(1e-3), gamma_law=law,
+            point=point, distance=loss.pseudo_huber(1e-3), gamma_law=law,
         )
     )  # fmt: skip
 
@@ -265,12 +273,11 @@ def main() -> None:
 
     keys = jax.random.split(jax.random.key(0), options.seeds)
     begin = jax.jit(jax.vmap(partial(fit, data, shared.schedule, options)))(keys)
-    first = None
+    score, first = jax.jit(partial(judge, networks, shared)), None
     for form, chosen in methods.items():
         started = time.perf_counter()
         train = jax.jit(jax.vmap(partial(distil, networks, chosen, options)))
         end = train(begin, keys)
-        score = jax.jit(partial(judge, networks, chosen))
         by_seed = [
             jax.device_get(score(known, jax.tree.map(lambda leaf, n=n: leaf[n], end)))
             for n in range(options.seeds)

@@ -41,7 +41,7 @@ def exact_noise(data: Mixture, levels: schedule.Schedule, x, t, _text):
     """E[noise | x_t = x], from the mixture's own density."""
     alpha, sigma = levels(t)
     variance = (alpha * data.spread) ** 2 + sigma**2
-    away = x - alpha * data.means  # [B, 1, K, D]
+    away = x - alpha * data.means[None, None]  # [B, 1, K, D]
     share = nn.softmax(-0.5 * jnp.sum(away**2, -1, keepdims=True) / variance, axis=2)
     return sigma * jnp.sum(share * away, axis=2, keepdims=True) / variance
 
@@ -50,7 +50,7 @@ def mean_distance(x, y):
     """E|X - Y|, X and Y independent: [N, D], [M, D]."""
 
     def from_one(row):
-        return jnp.sum(jnp.linalg.norm(y - row, axis=-1))
+        return jnp.sum(jnp.linalg.norm(y - row[None], axis=-1))
 
     return jnp.sum(jax.lax.map(from_one, x, batch_size=32)) / (x.shape[0] * y.shape[0])
 

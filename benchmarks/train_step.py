@@ -24,7 +24,7 @@ def method(solver_steps: int) -> loss.Method:
     return loss.checked(
         loss.Method(
             schedule, prediction, solver.start_grid(50, 1000), 20 * solver_steps, 20, 8.0,
-            subpath.sigma_markov, loss.pseudo_huber(1e-3), gamma.uniform,
+            subpath.told_t(subpath.sigma_markov), loss.pseudo_huber(1e-3), gamma.uniform,
         )
     )  # fmt: skip
 

@@ -4,12 +4,10 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from slam_jax import arguments, flops, forecast, pipeline, program
@@ -24,11 +22,13 @@ _TPU_LINES_PER_S = 90
 _CPU_LINES_PER_S = 400
 
 
-def dry_run(settings: Settings, topology: str | None) -> None:
+def dry_run(settings: Settings, topology: str | None, in_parts: bool) -> None:
     """Prints tables for a reader, then the same as one line of JSON.
 
     topology: a slice of TPUs such as "v5e:16x16", compiled for ahead of time; None for the
-    devices that are present. UserError as for training, and where that cannot be compiled for.
+    devices that are present. in_parts: compiles the three functions that the step is made of apart
+    and adds them up, which takes less time and memory. UserError as for training, and where that
+    cannot be compiled for.
     """
     mesh.check_rules(**settings.mesh._asdict())
     # A student that starts from another model has the same shapes.
@@ -43,22 +43,29 @@ def dry_run(settings: Settings, topology: str | None) -> None:
     batch = arguments.batch(settings, teacher, devices)
     print(_heading(settings, topology, devices, found_in, batch), flush=True)
 
-    traced = built.step.trace(built.like, frozen, batch, arguments.key(devices))
+    key = arguments.key(devices)
+    traced = built.step.trace(built.like, frozen, batch, key)
     counts = _counts(settings, teacher, parts, built, frozen, batch, traced, len(places))
-    lowered = traced.lower()
-    announce = partial(_announce, lowered.as_text().count("\n"), topology is not None)
-    compiled = aot.compiled(lowered, places, announce)
+    if in_parts:
+        pieces = program.pieces(settings, parts, built, devices, frozen, batch, key)
+        compiled, counts = _added(pieces, places, topology, counts)
+    else:
+        compiled = _compiled(traced.lower(), places, topology, "the step")
     chip = chips.find(places)
-    print(f"compiled in {compiled.seconds:.0f} s\n")
+    print(f"compiled in {compiled.seconds:.0f} s{', in parts that are added up' * in_parts}\n")
     print(forecast.text(counts, compiled, chip))
-    line = {
-        "program": "dry_run", "topology": topology, "device": places[0].device_kind,
+    line = _setting(settings, devices, batch) | forecast.as_json(counts, compiled, chip)
+    print(f"\n{json.dumps(line | {'topology': topology, 'in_parts': in_parts})}", flush=True)
+
+
+def _setting(settings: Settings, devices: Mesh, batch: Mapping) -> dict[str, Any]:
+    """What the numbers are of."""
+    return {
+        "program": "dry_run", "device": devices.devices.flat[0].device_kind,
         "mesh": dict(devices.shape), "teacher": settings.teacher.model, "config": as_dict(settings),
         "batch": {name: [*leaf.shape, leaf.dtype.name] for name, leaf in batch.items()},
-        **forecast.as_json(counts, compiled, chip), "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "jax": jax.__version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
     }  # fmt: skip
-    print(f"\n{json.dumps(line)}", flush=True)
 
 
 def _heading(
@@ -81,15 +88,33 @@ def _heading(
     ])  # fmt: skip
 
 
-def _announce(num_lines: int, for_tpu: bool) -> None:
-    """Says how long compiling is likely to take."""
-    seconds = num_lines / (_TPU_LINES_PER_S if for_tpu else _CPU_LINES_PER_S)
-    least, most = (max(1, round(factor * seconds / 60)) for factor in (0.5, 2))
-    print(
-        f"compiling, for some {least} to {most} minutes on one core ({num_lines} lines of "
-        "StableHLO); the result is kept",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+def _added(
+    pieces: list[program.Piece], places: list[jax.Device], topology: str | None,
+    counts: forecast.Counts,
+) -> tuple[aot.Compiled, forecast.Counts]:  # fmt: skip
+    """The step, from its pieces; what it touches once a step is the last one's."""
+    found = [_compiled(piece.lowered, places, topology, piece.name) for piece in pieces]
+    run = [(each, piece.times, piece.beside) for each, piece in zip(found, pieces, strict=True)]
+    whole = aot.together(run, sum(own for _, own in counts.bytes_of.values()))
+    return whole, counts._replace(changing=found[-1].traffic / 2)
+
+
+def _compiled(
+    lowered: jax.stages.Lowered, places: list[jax.Device], topology: str | None, name: str
+) -> aot.Compiled:
+    """Of the kept results, or compiled; says then how long that is likely to take."""
+
+    def announce() -> None:
+        num_lines = lowered.as_text().count("\n")
+        seconds = num_lines / (_TPU_LINES_PER_S if topology else _CPU_LINES_PER_S)
+        least, most = (max(1, round(factor * seconds / 60)) for factor in (0.5, 2))
+        print(
+            f"compiling {name}, for some {least} to {most} minutes on one core ({num_lines} lines "
+            "of StableHLO); the result is kept",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    return aot.compiled(lowered, places, announce)
 
 
 def _counts(
@@ -124,11 +149,8 @@ def _size(tree: Any) -> int:
 
 def _bytes(tree: Any) -> tuple[int, int]:
     """In all, and on one device."""
-    whole = own = 0
-    for leaf in jax.tree.leaves(tree):
-        whole += leaf.size * leaf.dtype.itemsize
-        own += int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-    return whole, own
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return whole, mesh.bytes_per_device(tree)
 
 
 def _flops_per_image(

@@ -36,10 +36,11 @@ GAMMA_LAWS = {
     "annealed": gamma.annealed,
 }
 DISTANCES = {"l2": lambda: loss.squared, "huber": loss.pseudo_huber}
-SIGMAS = {
-    "markov": subpath.sigma_markov,
-    "ddim": subpath.sigma_ddim,
-    "fixed": subpath.sigma_fixed,
+POINTS = {
+    "markov": subpath.told_t(subpath.sigma_markov),
+    "ddim": subpath.told_t(subpath.sigma_ddim),
+    "fixed": subpath.told_t(subpath.sigma_fixed),
+    "matched": subpath.matched,
 }
 TIMES = {
     "grid": solver.start_grid,
@@ -187,7 +188,7 @@ def method(distill: Distill, scheduler: dict) -> loss.Method:
             length=distill.length,
             stride=distill.stride,
             w=distill.w,
-            sigma=_choose(SIGMAS, "distill.sigma", distill.sigma),
+            point=_choose(POINTS, "distill.sigma", distill.sigma),
             distance=_build(DISTANCES, "distill.distance", distill.distance),
             gamma_law=_build(GAMMA_LAWS, "distill.gamma", distill.gamma),
         )

@@ -45,7 +45,7 @@ class Distill(NamedTuple):
     length: int  # of a sub-path, in training times
     stride: int  # of the teacher's solver; length / stride steps
     w: float  # guidance weight of the teacher, 0 = conditional only (guidance_scale - 1)
-    sigma: str  # noise level on the sub-path: markov (as released), ddim or fixed
+    sigma: str  # noise level on the sub-path: markov (as released), ddim, fixed, matched
     gamma: tuple  # ("uniform",) ("ones",) ("mixture", p) ("annealed", p_0, p_1, until)
     distance: tuple  # ("huber", c) or ("l2",)
 

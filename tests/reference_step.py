@@ -60,7 +60,7 @@ def method_of(settings: reference_recording.Settings, levels: schedule.Schedule)
         length=settings.skip,
         stride=settings.skip,
         w=settings.w_scale,
-        sigma=subpath.sigma_markov,
+        point=subpath.told_t(subpath.sigma_markov),
         distance=loss.pseudo_huber(settings.huber_c),
         gamma_law=laws.uniform,
     )
@@ -109,7 +109,8 @@ def step(
             assert position is draw.gamma
             return models.student.apply({"params": student_params}, x, t, text, embedding)
 
-        values = loss.terms(student, target, teacher, method, *inputs, draw)
+        ends = loss.pair(teacher, method, *inputs, draw)
+        values = loss.terms(student, target, method, ends, inputs[1], draw.gamma)
         return jnp.mean(method.distance(values.f_student, values.f_target)), values
 
     (loss_huber, values), gradient = jax.value_and_grad(huber, has_aux=True)(params.student)

@@ -86,7 +86,7 @@ LATE_VALUES = {
     "gamma_numbers": (["--config.distill.gamma=('mixture',)"], r"must be \('mixture', 'p'\)"),
     "gamma_range": (["--config.distill.gamma=('mixture',1.5)"], "p_0 1.5 is a probability"),
     "distance": (["--config.distill.distance=('l1',)"], "'l1'.*l2, huber"),
-    "sigma": (["--config.distill.sigma=none"], "'none'.*markov, ddim, fixed"),
+    "sigma": (["--config.distill.sigma=none"], "'none'.*markov, ddim, fixed, matched"),
     "times": (["--config.distill.times=some"], "'some'.*grid, all"),
     "length": (
         ["--config.distill.length=50", "--config.distill.stride=20"],

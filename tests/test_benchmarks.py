@@ -93,6 +93,21 @@ def test_sampler_prints_what_a_call_costs():
     assert sd15["flops"] == 8 * (4 * student + decoder + text_encoder)
 
 
+def test_gaussian_mixture_prints_what_a_form_reaches():
+    (line,) = _lines(
+        "benchmarks/gaussian_mixture.py --form published --dim 3 --seeds 2 --length 40 "
+        "--iterations 60 --fit_iterations 60 --batch 32 --width 16 --samples 64"
+    )
+    assert (line["program"], line["form"]) == ("gaussian_mixture", "published")
+    assert (line["dim"], line["length"], line["stride"], line["seeds"]) == (3, 40, 20, 2)
+    assert set(line["minus_first"]) == {"err1", "E1", "E2", "E4"}
+    for name in line["minus_first"]:
+        mean, error = line[name]
+        assert mean > 0 < error and line["minus_first"][name] == [0, 0]
+    # One step of a poor student is worse than the teacher's fifty.
+    assert 0 < line["solver_err1"] < line["err1"][0] and abs(line["exact_E"]) < line["E1"][0]
+
+
 @pytest.mark.parametrize("measures", ["jpeg workers cache memory", "tar"])
 def test_data_prints_a_line_for_each_measure_and_leaves_nothing(measures, tmp_path):
     """With what the project imports: a bare machine has no Pillow to be measured."""

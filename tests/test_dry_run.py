@@ -50,17 +50,19 @@ def bare_model(tiny_folder, tmp_path_factory):
     return folder
 
 
+ARGUMENTS = (
+    "--dry_run", "--config.teacher.model=model", "--config.batch_size=32",
+    "--config.accumulate=2", f"--config.student.gamma_dim={GAMMA_DIM}",
+    "--config.mesh.axes=(('data',2),('fsdp',4))",
+    "--config.mesh.rules=(('(student|target|opt_state)/.*','fsdp'),('.*',()))",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def report(bare_model):
-    arguments = (
-        "--dry_run", "--config.teacher.model=model", "--config.batch_size=32",
-        "--config.accumulate=2", f"--config.student.gamma_dim={GAMMA_DIM}",
-        "--config.mesh.axes=(('data',2),('fsdp',4))",
-        "--config.mesh.rules=(('(student|target|opt_state)/.*','fsdp'),('.*',()))",
-    )  # fmt: skip
-    done = _run(bare_model.parent, *arguments)
+    done = _run(bare_model.parent, *ARGUMENTS)
     assert done.returncode == 0, done.stderr
-    again = _run(bare_model.parent, *arguments)
+    again = _run(bare_model.parent, *ARGUMENTS)
     text, line = done.stdout.rsplit("\n\n", 1)
     return text, json.loads(line), done.stderr, again
 
@@ -74,8 +76,34 @@ def test_every_quantity_is_printed(report):
         "sent per device", "time: not predicted",
     ):  # fmt: skip
         assert name in text
-    assert "compiling, for some" in said
+    assert "compiling the step, for some" in said
     assert line["num_devices"] == 8 and line["chip"] is None and line["num_steps"] == 600
+
+
+def test_the_parts_of_the_step_add_up_to_it(bare_model, report):
+    arguments = (*ARGUMENTS, "--in_parts")
+    done = _run(bare_model.parent, *arguments)
+    assert done.returncode == 0, done.stderr
+    whole, parts = report[1], json.loads(done.stdout.splitlines()[-1])
+    assert done.stderr.count("compiling") == 3 and "parts that are added up" in done.stdout
+    for name in ("flops", "parameters", "bytes_of"):
+        assert parts[name] == whole[name]
+    assert parts["xla_flops"] == pytest.approx(whole["xla_flops"], rel=0.1)
+    assert parts["memory"] == pytest.approx(whole["memory"], rel=0.15)
+    sent = [sum(each["sent"] for each in line["xla_collectives"]) for line in (whole, parts)]
+    assert sent[1] == pytest.approx(sent[0], rel=0.15)
+
+
+def test_pieces_count_as_often_as_they_run():
+    reduced, gathered = Collective("all-reduce", 4, 1, 100), Collective("all-gather", 4, 2, 30)
+    often = aot.Compiled(3.0, 10, 20, 999, 5, 70, 1, 0, (gathered, reduced))
+    once = aot.Compiled(1.0, 1, 2, 999, 0, 40, 1, 0, (reduced,))
+    found = aot.together([(often, 3, 6), (once, 1, 60)], arguments=1000)
+    assert found == aot.Compiled(
+        4.0, 11, 22, 1000, 0, 100, 2, 0,
+        (reduced._replace(count=4, payload=400), gathered._replace(count=6, payload=90)),
+    )  # fmt: skip
+    assert aot.together([(often, 1, 0), (once._replace(too_large=7.0), 1, 0)], 0).memory == 7.0
 
 
 def test_a_second_time_nothing_is_compiled(report):

@@ -52,7 +52,8 @@ nets = step.Nets(
 scheduler = json.loads(pathlib.Path("assets/tiny_sd/scheduler/scheduler_config.json").read_text())
 method = loss.Method(
     schedule.from_config(scheduler), parameterization.prediction_from_config(scheduler),
-    solver.start_grid(50, 1000), 20, 20, 2.0, subpath.sigma_markov, loss.squared, gamma.uniform,
+    solver.start_grid(50, 1000), 20, 20, 2.0,
+    subpath.told_t(subpath.sigma_markov), loss.squared, gamma.uniform,
 )
 adamw = optimizer.adamw(1e-2, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
 put = partial(mesh.put_batch, accumulate=2, mesh=devices)

@@ -9,12 +9,17 @@ import torch
 
 from slam_jax import pipeline, students
 from slam_jax.data import text_inputs
-from slam_jax.diffusion import parameterization, sampler, schedule
+from slam_jax.diffusion import ode_sampler, parameterization, sampler, schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import lora, vae
 from slam_jax.weights import lora as lora_file
 from slam_jax.weights import pretrained, translate
 from slam_jax.weights import student as student_folder
+
+SCHEDULER = {
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +225,29 @@ def test_few_step_students_are_known_by_scheduler_or_gamma(model):
     assert not students.is_student(model)
     assert students.is_student(model._replace(unet=student))
     assert students.is_student(student_folder.student(model, model.unet))
+
+
+@pytest.mark.parametrize("name", sampler.GUIDED)
+def test_the_named_sampler_draws(name):
+    levels, x_T = (
+        schedule.from_config(SCHEDULER),
+        jax.random.normal(jax.random.key(0), (2, 2, 2, 3)),
+    )
+    sample = pipeline.guided(
+        name, lambda params, x, t, text: params * x, lambda params, x_0: params + x_0, levels,
+        parameterization.EPSILON, SCHEDULER, num_steps=3, w=2.0,
+    )  # fmt: skip
+    text = jnp.zeros((2, 1, 1))
+    ours = sample(jnp.array(0.1), jnp.array(0.3), text, text[:1], x_T)
+    others = {
+        other: ode_sampler.sample(
+            lambda x, t, text: 0.1 * x, parameterization.EPSILON,
+            chosen.path(3, levels, SCHEDULER), chosen.correct, x_T, text, text[:1], 2.0,
+        )
+        for other, chosen in sampler.GUIDED.items()
+    }  # fmt: skip
+    error = {other: np.abs(ours - 0.3 - x_0).max() for other, x_0 in others.items()}
+    assert error.pop(name) < 1e-5 and min(error.values()) > 1e-2, error
 
 
 @pytest.mark.parametrize("name", sampler.GUIDED)

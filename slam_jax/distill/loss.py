@@ -30,7 +30,7 @@ class Method(NamedTuple):
     length: int  # of a sub-path, in training times: k
     stride: int  # of the teacher's solver: k_phi; length / stride steps in all
     w: float  # guidance weight, 0 = conditional only
-    sigma: Callable[[Coeff, Coeff, Coeff, Coeff, Coeff], Coeff]  # one of subpath.sigma_*
+    point: subpath.PointOf  # what the student is fed: told_t(sigma_*) or matched
     distance: Callable[[Latent, Latent], PerExample]
     gamma_law: GammaLaw
 
@@ -41,6 +41,15 @@ class Draw(NamedTuple):
     index: Int[Array, "B"]  # which of Method.times
     noise: Latent
     gamma: Coeff
+
+
+class Pair(NamedTuple):
+    """The ends of a sub-path [s, t]: what the loss needs of data and teacher."""
+
+    t: Timestep
+    s: Timestep
+    x_t: Latent
+    x_s: Latent
 
 
 class Terms(NamedTuple):
@@ -75,6 +84,11 @@ def checked(method: Method) -> Method:
             f"student is never trained (such as {untrained[-1]}): make length a multiple of their "
             f"spacing {np.diff(times, prepend=-1).min()}, or draw t from all times"
         )
+    if method.point is subpath.matched and not np.asarray(method.schedule.alpha).all():
+        raise UserError(
+            "sigma 'matched' tells points apart by their noise-to-signal ratio, which is infinite "
+            "where the schedule ends without signal; choose markov, ddim or fixed"
+        )
     return method
 
 
@@ -89,20 +103,16 @@ def draw_subpath(key: PRNGKey, x_0: Latent, method: Method, progress: Progress) 
     )
 
 
-def terms(
-    student: StudentNet,
-    target: StudentNet,
+def pair(
     teacher: TeacherNet,
     method: Method,
     x_0: Latent,
     text: Conditioning,
     null_text: guidance.NullText,
     draw: Draw,
-) -> Terms:
-    """The consistency function of the student on the sub-path and of the target at its end."""
-    schedule, to_x0 = method.schedule, method.prediction.to_x0
-
-    # A sub-path [s, t]: x_t by diffusion, x_s by the teacher's guided solver.
+) -> Pair:
+    """x_t by diffusion, x_s by the teacher's guided solver."""
+    schedule = method.schedule
     t = method.times[draw.index]
     alpha_t, sigma_t = schedule(t)
     x_t = alpha_t * x_0.astype(jnp.float32) + sigma_t * draw.noise
@@ -110,23 +120,34 @@ def terms(
         teacher, x_t, t, text, null_text, method.w, schedule, method.prediction,
         method.length, method.stride,
     )  # fmt: skip
-    x_s = jax.lax.stop_gradient(x_s)
-    alpha_s, sigma_s = schedule(s)
+    return Pair(t, s, x_t, jax.lax.stop_gradient(x_s))
 
-    # The student anywhere on it. Signal level alpha_t and time t belong to every gamma.
-    x_gamma = subpath.interpolate(x_s, x_t, alpha_s, alpha_t, draw.gamma)
-    sigma_gamma = method.sigma(alpha_t, sigma_t, alpha_s, sigma_s, draw.gamma)
-    student_output = student(x_gamma, t, text, draw.gamma)
-    student_x0 = to_x0(x_gamma, student_output, alpha_t, sigma_gamma)
-    f_student = parameterization.consistency(x_gamma, student_x0, t)
+
+def terms(
+    student: StudentNet,
+    target: StudentNet,
+    method: Method,
+    ends: Pair,
+    text: Conditioning,
+    gamma: Coeff,
+) -> Terms:
+    """The consistency function of the student on the sub-path and of the target at its end."""
+    schedule, to_x0 = method.schedule, method.prediction.to_x0
+    t, s, x_t, x_s = ends
+
+    # The student anywhere on it.
+    point = method.point(schedule, x_s, s, x_t, t, gamma)
+    student_output = student(point.x, point.t, text, point.gamma)
+    student_x0 = to_x0(point.x, student_output, point.alpha, point.sigma)
+    f_student = parameterization.consistency(point.x, student_x0, point.t)
 
     # The target at its clean end, where gamma = 1 is the point x_s itself.
-    target_output = target(x_s, s, text, jnp.ones_like(draw.gamma))
-    target_x0 = to_x0(x_s, target_output, alpha_s, sigma_s)
+    target_output = target(x_s, s, text, jnp.ones_like(gamma))
+    target_x0 = to_x0(x_s, target_output, *schedule(s))
     f_target = jax.lax.stop_gradient(parameterization.consistency(x_s, target_x0, s))
 
     return Terms(
-        t, s, x_t, x_s, x_gamma, sigma_gamma,
+        t, s, x_t, x_s, point.x, point.sigma,
         student_output, student_x0, f_student, target_output, f_target,
     )  # fmt: skip
 
@@ -134,15 +155,13 @@ def terms(
 def slam_loss(
     student: StudentNet,
     target: StudentNet,
-    teacher: TeacherNet,
     method: Method,
-    x_0: Latent,
+    ends: Pair,
     text: Conditioning,
-    null_text: guidance.NullText,
-    draw: Draw,
+    gamma: Coeff,
 ) -> PerExample:
     """Distance between student and target for each example; the step takes the mean."""
-    values = terms(student, target, teacher, method, x_0, text, null_text, draw)
+    values = terms(student, target, method, ends, text, gamma)
     return method.distance(values.f_student, values.f_target)
 
 

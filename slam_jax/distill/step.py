@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped
 from slam_jax.distill import loss
 from slam_jax.distill.loss import Method
 from slam_jax.distill.state import Frozen, Params, TrainState
-from slam_jax.shapes import PRNGKey
+from slam_jax.shapes import Coeff, Conditioning, PRNGKey
 
 # Microbatches of B examples: "image" or "moments" as encode_image reads them, "input_ids", and
 # whatever else encode_text does.
@@ -35,6 +35,14 @@ def all_trained(_teacher: Params, trained: Params) -> Params:
     return trained
 
 
+class Lesson(NamedTuple):
+    """What one microbatch teaches."""
+
+    ends: loss.Pair
+    text: Conditioning
+    gamma: Coeff
+
+
 def train_step(
     state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKey, *,
     nets: Nets, method: Method, optimizer: optax.GradientTransformation, ema_rate: float,
@@ -46,9 +54,70 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     progress = state.step / num_steps
-    batch_loss = partial(_mean_loss, nets, method, frozen, state.target, progress)
-    mean_loss, grads = _mean_gradient(batch_loss, state.student, batch, step_key)
 
+    def of_microbatch(number: Array, microbatch: Batch) -> tuple[Array, Params]:
+        key = jax.random.fold_in(step_key, number)
+        lesson = prepare(frozen, microbatch, key, progress, nets=nets, method=method)
+        return gradient(
+            state.student, state.target, frozen.teacher, lesson, nets=nets, method=method
+        )
+
+    mean_loss, grads = _mean(of_microbatch, batch, state.student)
+    return update(
+        state, mean_loss, grads,
+        optimizer=optimizer, ema_rate=ema_rate, max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+
+
+def prepare(
+    frozen: Frozen, microbatch: Batch, key: PRNGKey, progress: Array, *, nets: Nets, method: Method
+) -> Lesson:
+    """Encodes a microbatch [B, ...] and has the teacher walk down its sub-paths."""
+    posterior_key, draw_key = jax.random.split(key)
+    x_0 = nets.encode_image(frozen.vae, microbatch, posterior_key)
+    text = nets.encode_text(frozen.text_encoder, microbatch)
+    draw = loss.draw_subpath(draw_key, x_0, method, progress)
+    teacher = partial(nets.teacher, frozen.teacher)
+    ends = loss.pair(teacher, method, x_0, text, frozen.null_text, draw)
+    return Lesson(ends, text, draw.gamma)
+
+
+def gradient(
+    student: Params, target: Params, teacher: Params, lesson: Lesson, *, nets: Nets, method: Method
+) -> tuple[Float[Array, ""], Params]:
+    """The mean loss of a microbatch, and what it says of the student's parameters."""
+
+    def mean_loss(student: Params) -> Float[Array, ""]:
+        student_net, target_net = (
+            partial(nets.student, nets.student_params(teacher, trained))
+            for trained in (student, target)
+        )
+        return jnp.mean(loss.slam_loss(student_net, target_net, method, *lesson))
+
+    return jax.value_and_grad(mean_loss)(student)
+
+
+def _mean(of_microbatch: Callable, batch: Batch, student: Params) -> tuple[Array, Params]:
+    """Mean over the microbatches, one after the other, of the loss and of its gradient."""
+
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, of_microbatch(*numbered)), None
+
+    count = batch["input_ids"].shape[0]
+    if count == 1:
+        # Without a loop: inside one, XLA's CPU compiler leaves the convolutions' gradients in a
+        # form that takes three times as long (LOG.md).
+        return of_microbatch(0, jax.tree.map(lambda x: x[0], batch))
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, student))
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(count), batch))
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def update(
+    state: TrainState, mean_loss: Array, grads: Params, *,
+    optimizer: optax.GradientTransformation, ema_rate: float, max_grad_norm: float,
+) -> tuple[TrainState, Metrics]:  # fmt: skip
+    """AdamW's step, the target after it, and what is logged of both."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
     student = optax.apply_updates(state.student, updates)
     target = jax.tree.map(
@@ -64,39 +133,3 @@ def train_step(
     after = jax.tree.map(partial(jnp.where, usable), after, state)
     metrics["skipped"] = 1.0 - usable.astype(jnp.float32)
     return after.replace(step=state.step + 1), metrics
-
-
-def _mean_gradient(batch_loss, student, batch, step_key):
-    """Mean over the microbatches, one after the other, of the loss and of its gradient."""
-
-    def evaluate(number, microbatch):
-        key = jax.random.fold_in(step_key, number)
-        return jax.value_and_grad(batch_loss)(student, microbatch, key)
-
-    def add(total, numbered):
-        return jax.tree.map(jnp.add, total, evaluate(*numbered)), None
-
-    count = batch["input_ids"].shape[0]
-    if count == 1:
-        # Without a loop: inside one, XLA's CPU compiler leaves the convolutions' gradients in a
-        # form that takes three times as long (LOG.md).
-        return evaluate(0, jax.tree.map(lambda x: x[0], batch))
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, student))
-    total, _ = jax.lax.scan(add, zero, (jnp.arange(count), batch))
-    return jax.tree.map(lambda x: x / count, total)
-
-
-def _mean_loss(nets, method, frozen, target, progress, student, microbatch, key):
-    posterior_key, draw_key = jax.random.split(key)
-    x_0 = nets.encode_image(frozen.vae, microbatch, posterior_key)
-    text = nets.encode_text(frozen.text_encoder, microbatch)
-    draw = loss.draw_subpath(draw_key, x_0, method, progress)
-    student_net, target_net = (
-        partial(nets.student, nets.student_params(frozen.teacher, trained))
-        for trained in (student, target)
-    )
-    per_example = loss.slam_loss(
-        student_net, target_net, partial(nets.teacher, frozen.teacher),
-        method, x_0, text, frozen.null_text, draw,
-    )  # fmt: skip
-    return jnp.mean(per_example)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +46,33 @@ class Compiled(NamedTuple):
         """Bytes in all."""
         whole = self.arguments + self.results + self.temporaries + self.code
         return float(self.too_large or whole)
+
+
+def together(pieces: Sequence[tuple[Compiled, int, int]], arguments: int) -> Compiled:
+    """A program that runs pieces in turn, from what is said of each.
+
+    pieces: (compiled, times that it runs, bytes that lie beside the program's arguments then).
+    arguments: bytes of the program's own. Memory is that of the piece that needs most.
+    """
+    every = [compiled for compiled, _, _ in pieces]
+    transfers = dict[tuple[str, int], collectives.Collective]()
+    for compiled, times, _ in pieces:
+        for kind, group, count, payload in compiled.collectives:
+            before = transfers.get((kind, group), collectives.Collective(kind, group, 0, 0))
+            transfers[kind, group] = before._replace(
+                count=before.count + times * count, payload=before.payload + times * payload
+            )
+    return Compiled(
+        seconds=sum(each.seconds for each in every),
+        flops=sum(each.flops for each in every),
+        traffic=sum(each.traffic for each in every),
+        arguments=arguments,
+        results=0,
+        temporaries=max(each.temporaries + each.results + beside for each, _, beside in pieces),
+        code=sum(each.code for each in every),
+        too_large=max(each.too_large for each in every),
+        collectives=tuple(sorted(transfers.values(), key=lambda each: -each.payload)),
+    )
 
 
 def devices(topology: str) -> list[jax.Device]:

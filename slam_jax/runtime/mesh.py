@@ -127,8 +127,7 @@ def _without_batch(spec: PartitionSpec) -> PartitionSpec:
 
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Within a traced program: arrays [B, ...] with their examples spread over the devices."""
-    rows = NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
-    return jax.lax.with_sharding_constraint(tree, rows)
+    return jax.lax.with_sharding_constraint(tree, rows_sharding(mesh))
 
 
 def placer(mesh: Mesh, rules: Rules) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:
@@ -175,6 +174,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of a batch [accumulate, B, ...]: the examples B split over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(None, _batch_axes(mesh)))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a microbatch [B, ...]: the same."""
+    return NamedSharding(mesh, PartitionSpec(_batch_axes(mesh)))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays, or of shapes that have their places."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def num_batch_shards(mesh: Mesh) -> int:

@@ -9,7 +9,7 @@ import re
 # Linen's leaf -> torch's. The last is a parameter of its own, in no layer: CLIP's extra patch.
 LEAVES = {
     "kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
-    "class_embedding": "class_embedding", "mean": "running_mean", "var": "running_var",
+    "mean": "running_mean", "var": "running_var", "class_embedding": "class_embedding",
 }  # fmt: skip
 
 # A list's module is named with a dot by torch, with a line by Flax; linear_1 is no list's.

@@ -85,3 +85,33 @@ def test_sigma_fixed_does_not_know_gamma():
     times = jnp.full((5,), 999), jnp.full((5,), 899)
     arguments = *LEVELS(times[0]), *LEVELS(times[1])
     np.testing.assert_array_equal(subpath.sigma_fixed(*arguments, gamma), arguments[1])
+
+
+@pytest.mark.parametrize("t, s", ENDS)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7, 1.0])
+def test_a_matched_point_is_the_ddim_point_of_its_time(t, s, gamma):
+    alpha_t, sigma_t, alpha_s, sigma_s = levels(t, s)
+    random = np.random.default_rng(s)
+    x_0hat, eps = jnp.asarray(random.normal(size=(2, 1, 3, 2, 4)), jnp.float32)
+    x_t, x_s = alpha_t * x_0hat + sigma_t * eps, alpha_s * x_0hat + sigma_s * eps
+    times = jnp.array([s]), jnp.array([t])
+    point = subpath.matched(LEVELS, x_s, times[0], x_t, times[1], coefficient(gamma))
+    tau = point.t.item()
+    alpha, sigma = np.float64(LEVELS.alpha), np.float64(LEVELS.sigma)
+    np.testing.assert_allclose(point.x, alpha[tau] * x_0hat + sigma[tau] * eps, atol=2e-5)
+    np.testing.assert_array_equal(point.alpha.item(), LEVELS.alpha[tau])
+    np.testing.assert_array_equal(point.sigma.item(), LEVELS.sigma[tau])
+    assert point.gamma.item() == 1.0
+    # The whole time whose noise-to-signal ratio is the nearest.
+    ratio = sigma / alpha
+    wanted = gamma * ratio[t] + (1 - gamma) * ratio[s]
+    assert tau == np.abs(ratio - wanted).argmin()
+    assert tau == {0.0: s, 1.0: t}.get(gamma, tau)
+
+
+def test_a_matched_point_at_the_noisy_end_is_x_t_itself():
+    x_s, x_t = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 2, 4)), jnp.float32)
+    s, t = jnp.array([979, 0, 419]), jnp.array([999, 19, 519])
+    point = subpath.matched(LEVELS, x_s, s, x_t, t, jnp.ones((3, 1, 1, 1)))
+    np.testing.assert_array_equal(point.x, x_t)
+    np.testing.assert_array_equal(point.t, t)

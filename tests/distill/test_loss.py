@@ -27,7 +27,7 @@ METHOD = loss.Method(
     length=20,
     stride=20,
     w=3.0,
-    sigma=subpath.sigma_markov,
+    point=subpath.told_t(subpath.sigma_markov),
     distance=loss.pseudo_huber(HUBER_C),
     gamma_law=gamma.uniform,
 )
@@ -64,6 +64,16 @@ def draw(position=GAMMA, index=INDEX):
     return loss.Draw(jnp.asarray(index), *float32(NOISE, position))
 
 
+def all_terms(student, target, teacher, method, x_0, text, null_text, drawn):
+    ends = loss.pair(teacher, method, x_0, text, null_text, drawn)
+    return loss.terms(student, target, method, ends, text, drawn.gamma)
+
+
+def all_losses(student, target, teacher, method, x_0, text, null_text, drawn):
+    ends = loss.pair(teacher, method, x_0, text, null_text, drawn)
+    return loss.slam_loss(student, target, method, ends, text, drawn.gamma)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def compiled(function, *arrays):
     return function(*arrays)
@@ -74,7 +84,7 @@ def our_loss(method, weights=WEIGHT, position=GAMMA, index=INDEX):
 
     @jax.jit
     def run(x_0, text, null_text, draw):
-        return loss.slam_loss(*nets(weights), method, x_0, text, null_text, draw)
+        return all_losses(*nets(weights), method, x_0, text, null_text, draw)
 
     return run(*float32(X_0, TEXT, NULL_TEXT), draw(position, index))
 
@@ -187,10 +197,36 @@ def test_gamma_one_makes_it_the_lcm_loss(w, squared):
 
 @pytest.mark.parametrize("sigma", [subpath.sigma_ddim, subpath.sigma_fixed])
 def test_noise_level_is_the_function_that_the_method_names(sigma):
-    ours, published = our_loss(METHOD._replace(sigma=sigma)), our_loss(METHOD)
+    ours, published = our_loss(METHOD._replace(point=subpath.told_t(sigma))), our_loss(METHOD)
     at_one = GAMMA.ravel() == 1.0
     np.testing.assert_allclose(ours[at_one], published[at_one], rtol=1e-6)
     assert (np.abs(ours - published)[~at_one] > 1e-5).any()
+
+
+def test_matched_points_are_those_of_lcm_at_their_own_times():
+    """Told the time of the point, the student is asked what LCM asks it there."""
+    at_one = METHOD._replace(point=subpath.matched)
+    ones = gamma.ones(jax.random.key(0), len(INDEX), 0.0)
+    lcm = our_loss(METHOD, position=ones)
+    np.testing.assert_allclose(our_loss(at_one, position=ones), lcm, rtol=1e-6)
+    told = []
+
+    def student(x, t, text, position):
+        told.append((t, position))
+        return x
+
+    all_terms(
+        student, *nets(WEIGHT)[1:], at_one, *float32(X_0, TEXT, NULL_TEXT), draw(GAMMA, INDEX)
+    )
+    ((t, position),) = told
+    ends = np.asarray(GRID)[INDEX]
+    assert (t <= ends).all() and (t >= ends - 20).all() and (position == 1).all()
+
+
+def test_matched_points_need_signal_at_every_time():
+    lost = METHOD.schedule._replace(alpha=METHOD.schedule.alpha.at[-1].set(0.0))
+    with pytest.raises(errors.UserError, match="infinite.*choose markov"):
+        loss.checked(METHOD._replace(point=subpath.matched, schedule=lost))
 
 
 # --- What is trained, and what is not ----------------------------------------------------------
@@ -225,7 +261,7 @@ def test_each_example_stands_alone():
 
     @jax.jit
     def run(x_0, text, null_text, draw):
-        return loss.slam_loss(*nets(), METHOD, x_0, text, null_text, draw)
+        return all_losses(*nets(), METHOD, x_0, text, null_text, draw)
 
     shuffled = run(
         *float32(X_0[order], TEXT[order], NULL_TEXT[order]),
@@ -241,7 +277,7 @@ def test_each_example_stands_alone():
 def test_fine_grid_serves_long_subpaths_too():
     method = loss.checked(METHOD._replace(length=100, stride=20))
     values = compiled(
-        lambda *arrays: loss.terms(*nets(), method, *arrays, draw()),
+        lambda *arrays: all_terms(*nets(), method, *arrays, draw()),
         *float32(X_0, TEXT, NULL_TEXT),
     )
     # 259 and 759 are visited by four-step sampling; a 100-spaced grid would lack them.
@@ -278,7 +314,7 @@ def test_low_precision_never_touches_times():
         return (x.astype(jnp.bfloat16) * text.mean()).astype(jnp.bfloat16)
 
     low = (jnp.asarray(array, jnp.bfloat16) for array in (X_0, TEXT, NULL_TEXT))
-    values = loss.terms(watched, watched, watched, METHOD, *low, draw())
+    values = all_terms(watched, watched, watched, METHOD, *low, draw())
     floats = (value for value in values if jnp.issubdtype(value.dtype, jnp.floating))
     assert sum(value.dtype != jnp.float32 for value in floats) == 2  # the two raw outputs
     (t, position), (s, one) = seen[-2:]

@@ -26,7 +26,7 @@ def _gamma_law(key, batch, progress):
 
 METHOD = loss.Method(
     SCHEDULE, parameterization.EPSILON, solver.start_grid(50, 1000), 20, 20, 2.0,
-    subpath.sigma_markov, loss.pseudo_huber(1e-3), _gamma_law,
+    subpath.told_t(subpath.sigma_markov), loss.pseudo_huber(1e-3), _gamma_law,
 )  # fmt: skip
 ADAMW = optimizer.adamw(1e-2, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
 ACCUMULATE = 2
@@ -168,10 +168,10 @@ def test_update_is_that_of_the_mean_gradient(with_lora, one_device, one_lora_dev
             x_0 = NETS.encode_image(frozen.vae, part, posterior_key)
             text = NETS.encode_text(frozen.text_encoder, part)
             draw = loss.draw_subpath(draw_key, x_0, METHOD, 0.3)
-            total += loss.slam_loss(
-                partial(_net, student), partial(_net, target), partial(_net, frozen.teacher),
-                METHOD, x_0, text, frozen.null_text, draw,
-            ).mean()  # fmt: skip
+            teacher = partial(_net, frozen.teacher)
+            ends = loss.pair(teacher, METHOD, x_0, text, frozen.null_text, draw)
+            nets = partial(_net, student), partial(_net, target)
+            total += loss.slam_loss(*nets, METHOD, ends, text, draw.gamma).mean()
         return total / ACCUMULATE
 
     expected, gradient = jax.jit(jax.value_and_grad(mean_loss))(start.student)
