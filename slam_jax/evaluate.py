@@ -44,9 +44,7 @@ from slam_jax.evaluation.protocol import Comparison, Hashed, Protocol
 from slam_jax.evaluation.reference import Reference
 from slam_jax.evaluation.samplers import Entry
 from slam_jax.runtime import bucket, checkpoint, folder, hosts, log
-from slam_jax.settings import Settings
 from slam_jax.weights import hub, pretrained
-from slam_jax.weights import student as student_folder
 
 _PROTOCOL = config_flags.DEFINE_config_file("protocol", None, "Python file with get_config().")
 _MODEL = flags.DEFINE_multi_string(
@@ -261,7 +259,7 @@ def _watch(protocol: Protocol, out: Path, workdir: epath.Path) -> None:
         for step in sorted({*checkpoint.steps(workdir / trained.CHECKPOINTS)} - seen):
             seen.add(step)
             try:
-                student = _student(workdir, step, teacher, run)
+                student = trained.student(workdir, step, teacher, run)
             except UserError as error:
                 command.warn(f"step {step} is left out: {error}")
                 continue
@@ -270,16 +268,6 @@ def _watch(protocol: Protocol, out: Path, workdir: epath.Path) -> None:
         if _WATCH_ONCE.value or max(seen, default=0) >= run.num_steps:
             return
         time.sleep(_POLL_S)
-
-
-def _student(
-    workdir: epath.Path, step: int, teacher: pretrained.Pretrained, run: Settings
-) -> pretrained.Pretrained:
-    """The target of that step, as training would ship it."""
-    found = trained.read(workdir, step, "target", teacher.unet, run)
-    unet, _ = experiment.shipped(run, teacher.unet, found)
-    steps = run.distill.num_subpaths
-    return student_folder.student(teacher, unet, original_inference_steps=steps)
 
 
 def _score(setup: Setup, real: Reference, step: int, student: pretrained.Pretrained) -> None:

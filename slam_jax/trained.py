@@ -8,6 +8,7 @@ from slam_jax import experiment, settings
 from slam_jax.errors import UserError
 from slam_jax.runtime import checkpoint, folder
 from slam_jax.weights import pretrained
+from slam_jax.weights import student as student_folder
 
 CHECKPOINTS = "checkpoints"
 
@@ -42,3 +43,13 @@ def read(
     student = experiment.student(bare, teacher)
     params = checkpoint.restore_part(workdir / CHECKPOINTS, step, part, student.params)
     return student._replace(params=params)
+
+
+def student(
+    workdir: epath.Path, step: int, teacher: pretrained.Pretrained, chosen: settings.Settings
+) -> pretrained.Pretrained:
+    """The model that the run would ship if it ended with that step: the average over steps."""
+    found = read(workdir, step, "target", teacher.unet, chosen)
+    unet, _ = experiment.shipped(chosen, teacher.unet, found)
+    num_subpaths = chosen.distill.num_subpaths
+    return student_folder.student(teacher, unet, original_inference_steps=num_subpaths)
