@@ -112,6 +112,7 @@ def _mistakes(folder, model, student):
         "reference": ([*known, "--reference=a.npz"], "references are shapes2d's"),
         "no_reference": ([*known, *pictures], "there are no reference statistics .*reference.npz"),
         "foreign": ([*known, *pictures, f"--reference={folder}/foreign.npz"], "npz holds no"),
+        "list": ([*known, "--protocol.prompts.seed=3"], "shapes2d have sha256 .*cannot be"),
         "few": ([*known, "--protocol.prompts.count=20"], "count 20 is less than two subsets"),
         "size": ([*known, "--protocol.images.size=33"], "33 pixels: the VAE needs"),
         "no_run": ([known[0], f"--watch={folder}/none"], "cannot read .*none/config.json"),
@@ -134,7 +135,8 @@ def answers(folder, tiny_folder):
     pretrained.write(student, model._replace(scheduler=scheduler))
     mistakes = _mistakes(folder, tiny_folder, student)
     few = [
-        f"--protocol={TINY}", "--protocol.prompts.count=12", "--protocol.reference.count=20",
+        f"--protocol={TINY}", "--protocol.prompts.count=12", "--protocol.prompts.sha256=",
+        "--protocol.reference.count=20",
         "--protocol.kid_subset=4", "--protocol.comparison.batch_size=2", "--protocol.bootstrap=0",
     ]  # fmt: skip
     compare = [*few, f"--model={tiny_folder}", "--steps=1", "--w=2", f"--out={folder}/out"]

@@ -16,8 +16,11 @@ def get_config() -> ConfigDict:
     config.bootstrap = 200
 
     config.prompts = ConfigDict(
-        dict(source="shapes2d", count=256, seed=2, file_sha256="", sha256="")
-    )
+        dict(
+            source="shapes2d", count=256, seed=2, file_sha256="",
+            sha256="9105fccb9cf709ab758c9b00b26a6b257259c90f327a390dbd23b86fab013e0f",
+        )
+    )  # fmt: skip
     config.images = ConfigDict(dict(size=32, resize=32, filter="lanczos"))
     config.features = ConfigDict(
         dict(network="classifier", mode="", weights="assets/tiny_sd/classifier")

@@ -33,7 +33,9 @@ def extractor(params: dict, *, place: Callable[[Any], Any] = jax.device_put) -> 
 
     @jax.jit
     def apply(params, pixels):
-        features, logits = net.apply({"params": params}, pixels)
+        # GPUs from Ampere on otherwise keep 10 bits in products.
+        with jax.default_matmul_precision("highest"):
+            features, logits = net.apply({"params": params}, pixels)
         return {"pool": features, "logits": jnp.concatenate(logits, axis=-1)}
 
     return Extractor(name, sha256, _prepare, partial(apply, place(params)))

@@ -45,6 +45,7 @@ def small():
         patch.setattr(store, "SIZE", 4)
         config = runpy.run_path(str(ROOT / "configs" / "eval" / "tiny.py"))["get_config"]()
         config.prompts.count, config.reference.count, config.kid_subset = COUNT, 40, 4
+        config.prompts.sha256 = ""
         config.features.weights = str(ROOT / config.features.weights)
         config.comparison.batch_size, config.bootstrap = 3, 20
         yield protocol.from_config(config.to_dict())
