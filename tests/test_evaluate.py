@@ -20,6 +20,7 @@ from PIL import Image
 from slam_jax import experiment, settings
 from slam_jax.data import shapes2d
 from slam_jax.distill import state
+from slam_jax.errors import UserError
 from slam_jax.evaluation import drawing, final
 from slam_jax.runtime import checkpoint
 from slam_jax.weights import hub, pretrained
@@ -231,6 +232,17 @@ def test_a_run_ends_with_the_table_of_its_student(tiny_folder, tmp_path, monkeyp
     accuracies = [row["scores"]["prompt accuracy"]["value"] for row in results]
     assert max(accuracies[:4]) < 0.1 and accuracies[4:] == [1.0] * 3
     assert table.count("tiny@") == 7 and (tmp_path / "samples" / "final.png").exists()
+
+
+def test_too_few_images_for_a_table_are_refused_before_a_run():
+    config = _config()
+    config["eval"]["num_images"] = 5
+    with pytest.raises(
+        UserError, match=r"config\.eval\.num_images=5: the table at the end needs 6"
+    ):
+        final.check(settings.from_config(config))
+    config["eval"] |= {"num_images": 6, "judge": str(ROOT / config["eval"]["judge"])}
+    final.check(settings.from_config(config))
 
 
 def test_without_a_judge_a_run_says_where_the_student_is(tiny_folder, tmp_path):

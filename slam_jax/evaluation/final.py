@@ -39,8 +39,12 @@ def check(settings: Settings) -> None:
     """UserError if eval.judge holds no classifier of these images. Touches no device."""
     if settings.data.source != "shapes2d":
         raise UserError(f"eval.judge knows shapes2d, not {settings.data.source}; set it to ''")
+    if settings.eval.num_images < score.FEWEST:
+        raise UserError(
+            f"config.eval.num_images={settings.eval.num_images}: the table at the end needs "
+            f"{score.FEWEST} images in each row; raise it, or set eval.judge to ''"
+        )
     classifier.read(settings.eval.judge, settings.data.size)
-    score.check(of_run(settings))
 
 
 def of_run(settings: Settings) -> Protocol:
@@ -52,7 +56,7 @@ def of_run(settings: Settings) -> Protocol:
     return Protocol(
         seed=seed,
         metrics=("fid", "kid", "precision", "recall", "prompt_accuracy"),
-        kid_subset=_KID_SUBSET,
+        kid_subset=min(_KID_SUBSET, settings.eval.num_images // 2),
         bootstrap=_BOOTSTRAP,
         prompts=protocols.Prompts("shapes2d", settings.eval.num_images, seed + 1, "", ""),
         images=protocols.Images(size, size, "lanczos"),
@@ -103,7 +107,9 @@ def report(
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     results = table.as_json(rows, named, date).encode()
     folder.write_atomic(workdir / "results.json", results)
-    return f"The same noise in every row.\n\n{table.markdown(rows, named)}"
+    shown = f"The same noise in every row.\n\n{table.markdown(rows, named)}"
+    warning = score.warning(real, len(chosen.captions))
+    return shown if warning is None else f"{shown}\nwarning: {warning}"
 
 
 def _candidates(teacher, student, settings: Settings) -> list[Candidate]:

@@ -129,13 +129,14 @@ def from_config(config: Mapping[str, Any]) -> Protocol:
     for metric in protocol.metrics or ("",):
         _one_of("metrics", metric, METRICS)
     _at_least(2, "prompts.count", prompts.count)
+    _at_least(2, "kid_subset", protocol.kid_subset)
     for name, value in images._replace(filter=1)._asdict().items():
         _at_least(1, f"images.{name}", value)
     steps = (*comparison.teacher_steps, *comparison.student_steps)
     for step in (comparison.batch_size, comparison.original_steps, *steps):
         _at_least(1, "comparison's batch_size, original_steps and steps", step)
     others = {
-        "seed": protocol.seed, "kid_subset": protocol.kid_subset, "bootstrap": protocol.bootstrap,
+        "seed": protocol.seed, "bootstrap": protocol.bootstrap,
         "prompts.seed": prompts.seed, "reference.seed": reference.seed,
         "reference.count": reference.count,
     }  # fmt: skip

@@ -18,7 +18,7 @@ _NAMES = {
     "hps": "HPSv2",
 }  # fmt: skip
 Features = Float[np.ndarray, "N F"]
-_NEIGHBOURS = 6  # as many images as precision and recall need
+FEWEST = 6  # images for precision and recall
 _SEED = 0  # of subsets and resamples
 
 
@@ -30,9 +30,9 @@ def check(protocol: Protocol) -> None:
             f"protocol.prompts.count {count} is less than two subsets of protocol.kid_subset "
             f"{protocol.kid_subset}; draw more, or lower it"
         )
-    if not {*_OF_PAIRS}.isdisjoint(protocol.metrics) and count < _NEIGHBOURS:
+    if not {*_OF_PAIRS}.isdisjoint(protocol.metrics) and count < FEWEST:
         raise UserError(
-            f"protocol.prompts.count {count}: precision and recall need {_NEIGHBOURS} images"
+            f"protocol.prompts.count {count}: precision and recall need {FEWEST} images"
         )
 
 
