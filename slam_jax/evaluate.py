@@ -43,7 +43,7 @@ from slam_jax.evaluation.drawing import Candidate
 from slam_jax.evaluation.protocol import Comparison, Hashed, Protocol
 from slam_jax.evaluation.reference import Reference
 from slam_jax.evaluation.samplers import Entry
-from slam_jax.runtime import bucket, checkpoint, folder, hosts, log
+from slam_jax.runtime import bucket, checkpoint, folder, hosts, log, peers
 from slam_jax.weights import hub, pretrained
 
 _PROTOCOL = config_flags.DEFINE_config_file("protocol", None, "Python file with get_config().")
@@ -250,6 +250,8 @@ def _write(setup: Setup, candidates: Sequence[Candidate], real: Reference) -> No
 
 def _watch(protocol: Protocol, out: Path, workdir: epath.Path) -> None:
     """Scores checkpoints as they come, oldest first."""
+    if peers.known():
+        raise UserError("--watch is for one process; start it on one host alone")
     run = trained.read_settings(workdir)
     teacher = experiment.teacher(run)
     pipeline.latent_shape(teacher, protocol.images.size)

@@ -52,6 +52,8 @@ def draw_all(setup: Setup, candidates: Sequence[Candidate], progress: log.Progre
             where = _folder(setup, candidate, entry)
             todo[entry] = _missing(setup, where)
             done = len(setup.chosen.captions) - sum(map(len, todo[entry]))
+            # What was done before takes no time, and tells nothing of the time to come.
+            progress.bar.initial += done * samplers.network_calls(entry)
             progress.bar.update(done * samplers.network_calls(entry))
         if any(todo.values()):
             _draw(setup, candidate, todo, progress)
