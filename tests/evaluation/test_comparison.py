@@ -221,6 +221,19 @@ def test_hosts_share_the_images(drawn, setup, candidates, tmp_path):
     assert about["sampler"] == "few_step" and about["protocol"] == setup.digest
 
 
+def test_scores_are_of_each_picture_and_its_own_caption(drawn, setup, candidates, tmp_path):
+    def scores_of(pictures, captions):
+        return {"clip": np.array([hash(c) % 97 + p.mean() for p, c in
+                                  zip(pictures, captions, strict=True)])}  # fmt: skip
+
+    meters = setup.meters._replace(scores_of=scores_of)
+    scored = setup._replace(out=tmp_path, meters=meters)
+    _draw(scored, candidates[1:])
+    where = comparison._folder(scored, candidates[1], candidates[1].entries[0])
+    expected = scores_of(_pictures(where), setup.chosen.captions)["clip"]
+    np.testing.assert_array_equal(store.read(where, COUNT)["clip"], expected)
+
+
 def test_time_is_that_of_all_but_the_first_batch(setup, candidates, real, monkeypatch):
     measured = {
         "features": np.random.default_rng(0).normal(size=(COUNT, 64)),
