@@ -8,15 +8,13 @@ folder, gamma embedding included), diffusers-folded (the same as a plain UNet), 
 spell it).
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
-from etils import epath
 
-from slam_jax import command, experiment, settings, students
+from slam_jax import command, experiment, settings, students, trained
 from slam_jax.errors import UserError
-from slam_jax.runtime import bucket, checkpoint, folder
+from slam_jax.runtime import bucket, folder
 from slam_jax.weights import card, lora, lora_svd, pretrained, single_file
 from slam_jax.weights import student as student_folder
 
@@ -48,11 +46,12 @@ def main() -> None:
     out = Path(_OUT.value)
     _check_out(out, _FORMAT.value, _OVERWRITE.value)
     workdir = bucket.reached("workdir", _WORKDIR.value)
-    config = _read_settings(workdir)
+    config = trained.read_settings(workdir)
     _check_rank(config.student.lora.rank, _FORMAT.value, _EXTRACT_LORA.value)
     teacher = pretrained.load(experiment.teacher(config))
-    step, trained = _read_trained(workdir, teacher.unet, config, _STATE[_WEIGHTS.value])
-    unet, additions = experiment.shipped(config, teacher.unet, trained)
+    step = trained.latest(workdir)
+    student = trained.read(workdir, step, _STATE[_WEIGHTS.value], teacher.unet, config)
+    unet, additions = experiment.shipped(config, teacher.unet, student)
     if _FORMAT.value != "diffusers":
         unet = students.fold_gamma(unet)
     model = student_folder.student(
@@ -85,17 +84,6 @@ def _check_out(out: Path, form: str, overwrite: bool) -> None:
     folder.check_writable(out.absolute().parent)
 
 
-def _read_settings(workdir: epath.Path) -> settings.Settings:
-    path = workdir / folder.CONFIG
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({error}); --workdir is the folder of a training run"
-        ) from None
-    return settings.from_config(values)
-
-
 def _check_rank(trained_rank: int, form: str, extracted_rank: int | None) -> None:
     if extracted_rank is not None and (trained_rank or form != "lora" or extracted_rank < 1):
         raise UserError(
@@ -106,21 +94,6 @@ def _check_rank(trained_rank: int, form: str, extracted_rank: int | None) -> Non
         raise UserError(
             "this run trained all parameters; for a LoRA of them give --extract_lora RANK"
         )
-
-
-def _read_trained(
-    workdir: epath.Path, teacher: pretrained.Component, config: settings.Settings, part: str
-) -> tuple[int, pretrained.Component]:
-    """(step, what was trained) of the last checkpoint; `part` of the state holds it."""
-    checkpoints = workdir / "checkpoints"
-    step = checkpoint.latest(checkpoints)
-    if step is None:
-        raise UserError(f"{workdir} holds no checkpoint yet; train until checkpoint.every_steps")
-    # Of the student only names and shapes are asked for, which do not depend on where it started.
-    config = config._replace(student=config.student._replace(start=""))
-    student = experiment.student(config, teacher)
-    params = checkpoint.restore_part(checkpoints, step, part, student.params)
-    return step, student._replace(params=params)
 
 
 def _extract(teacher: pretrained.Component, unet: pretrained.Component, rank: int) -> dict:

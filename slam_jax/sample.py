@@ -16,16 +16,17 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Float, UInt8
 
 from slam_jax import command, pipeline, students
 from slam_jax.data import image as image_file
 from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
+from slam_jax.evaluation import noise as image_noise
+from slam_jax.evaluation.noise import Noise
 from slam_jax.nets import unet
 from slam_jax.runtime import bucket, folder, images, log, mesh
-from slam_jax.shapes import PRNGKey
 from slam_jax.weights import hub, lora, pretrained
 
 _MODEL = flags.DEFINE_string(
@@ -66,7 +67,6 @@ _DEFAULT_W = 6.5
 _ORIGINAL_STEPS = 50
 # Apart from those of the images, whose numbers are the first keys.
 _POSTERIOR_STREAM = 2**32 - 1
-_Noise = Float[np.ndarray, "S B h w C"]
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def _file_and_scale(value: str) -> tuple[Path, float]:
 
 def _noise(
     path: str | None, model: pretrained.Pretrained, steps: int, count: int, seed: int
-) -> tuple[tuple[int, int], Callable[[np.ndarray], _Noise]]:
+) -> tuple[tuple[int, int], Callable[[np.ndarray], Noise]]:
     """Height and width of images, and (their numbers) -> noise.
 
     From the file, or normal, from (seed, number) alone, so that batches do not matter.
@@ -139,15 +139,11 @@ def _noise(
     if size is None:
         raise UserError(f"{_MODEL.value}/unet/config.json lacks sample_size; give --noise")
     height, width = (size, size) if isinstance(size, int) else size
-    draw = jax.jit(jax.vmap(
-        lambda key: jax.random.normal(key, (steps, height, width, channels)), out_axes=1
-    ))  # fmt: skip
-    return (factor * height, factor * width), (
-        lambda numbers: jax.device_get(draw(_keys(jax.random.key(seed), numbers)))
-    )
+    noise_of = image_noise.of_images(seed, steps, (height, width, channels))
+    return (factor * height, factor * width), noise_of
 
 
-def _read_noise(path: str, expected: tuple[int, int, int]) -> _Noise:
+def _read_noise(path: str, expected: tuple[int, int, int]) -> Noise:
     """The array in a file; UserError unless its steps, images and channels are those expected."""
     try:
         noise = np.load(path, allow_pickle=False)
@@ -161,10 +157,6 @@ def _read_noise(path: str, expected: tuple[int, int, int]) -> _Noise:
             f"need [{steps}, {count}, h, w, {channels}]"
         )
     return noise.astype(np.float32)
-
-
-def _keys(key: PRNGKey, numbers: np.ndarray) -> Key[Array, "B"]:
-    return jax.vmap(partial(jax.random.fold_in, key))(jax.device_put(numbers.astype(np.uint32)))
 
 
 def _few_step(model: pretrained.Pretrained, steps: int) -> Callable:
@@ -217,7 +209,7 @@ def _draw_all(
     model: pretrained.Pretrained,
     prompts: list[str],
     image_size: tuple[int, int],
-    noise_of: Callable[[np.ndarray], _Noise],
+    noise_of: Callable[[np.ndarray], Noise],
     image: UInt8[np.ndarray, "1 H W 3"] | None,
 ) -> Iterator[Float[np.ndarray, "B H W 3"]]:
     """Batch by batch over all devices, the last one filled up, so that it compiles once."""
@@ -245,7 +237,7 @@ def _draw_all(
                 text_params, jax.device_put({k: v[chosen] for k, v in encoded.items()}, rows)
             )
             noise = jax.device_put(noise_of(chosen), columns)
-            keys = _keys(posterior_key, chosen)
+            keys = image_noise.keys(posterior_key, chosen)
             drawn = draw(unet_params, vae_params, text, null_text, noise, image, keys)
             count = min(size, len(prompts) - first)
             progress.bar.update(count)

@@ -137,8 +137,6 @@ class Settings(NamedTuple):
     mesh: Mesh
 
 
-_GROUPS = (Teacher, Student, Lora, Distill, Optimizer, Data, Eval, Checkpoint, Faults, Log, Mesh)
-
 # May differ when a run is resumed: they do not touch what is learnt.
 FREE = (
     "num_steps", "eval", "checkpoint", "faults", "log", "data.max_bad_fraction", "data.index_dir",
@@ -159,7 +157,7 @@ _STRINGS = ("eval.prompts", "student.lora.targets", "data.crop", "data.filters")
 
 def from_config(config: Mapping[str, Any]) -> Settings:
     """Every key of the config, none missing, none unknown, each of its type; else UserError."""
-    settings = _read(Settings, config, "")
+    settings = read(Settings, config, "config")
     leaves = as_dict(settings)
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
@@ -192,34 +190,42 @@ def _value(leaves: Mapping[str, Any], name: str) -> Any:
     return leaves
 
 
-def _read(group: type, values: Mapping[str, Any], prefix: str) -> Any:
+def read(group: type, values: Mapping[str, Any], name: str) -> Any:
+    """The NamedTuple `group`, and those in it, from every key of `values`; else UserError.
+
+    name: what the user calls it, for messages.
+    """
     known = group.__annotations__
     for key in values:
         if key not in known:
-            raise UserError(f"config.{prefix}{key} is not known; there are {', '.join(known)}")
+            raise UserError(f"{name}.{key} is not known; there are {', '.join(known)}")
     for key in known:
         if key not in values:
-            raise UserError(f"config.{prefix}{key} is missing; the config must give every value")
-    return group(**{key: _checked(known[key], values[key], f"{prefix}{key}") for key in known})
+            raise UserError(f"{name}.{key} is missing; the config must give every value")
+    return group(**{key: _checked(known[key], values[key], f"{name}.{key}") for key in known})
 
 
 def _checked(kind: type, value: Any, name: str) -> Any:
-    if kind in _GROUPS:
+    if _is_group(kind):
         if not isinstance(value, Mapping):
-            raise UserError(f"config.{name}={value!r} must be a group of {', '.join(kind._fields)}")
-        return _read(kind, value, f"{name}.")
+            raise UserError(f"{name}={value!r} must be a group of {', '.join(kind._fields)}")
+        return read(kind, value, name)
     if kind is float and type(value) is int:
         return float(value)
     if kind is tuple and type(value) is list:
         return tuple(value)
     if type(value) is not kind:
-        raise UserError(f"config.{name}={value!r} must be of type {kind.__name__}")
+        raise UserError(f"{name}={value!r} must be of type {kind.__name__}")
     return value
+
+
+def _is_group(kind: type) -> bool:
+    return issubclass(kind, tuple) and kind is not tuple
 
 
 def as_dict(settings: Any) -> dict[str, Any]:
     """The settings as nested dicts, for config.json."""
     return {
-        key: as_dict(value) if type(value) in _GROUPS else value
+        key: as_dict(value) if _is_group(type(value)) else value
         for key, value in settings._asdict().items()
     }

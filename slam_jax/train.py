@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slam_jax import command, evaluate, experiment, loop, pipeline, program
+from slam_jax import command, experiment, loop, pipeline, program
 from slam_jax.data import text_inputs
 from slam_jax.distill import state
 from slam_jax.errors import UserError
+from slam_jax.evaluation import final
 from slam_jax.runtime import bucket, checkpoint, folder, hosts, log, mesh
 from slam_jax.settings import FREE, Settings, as_dict
 from slam_jax.weights import lora as lora_file
@@ -26,7 +27,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
     done = _steps_done(settings, where)
     mesh.check_rules(**settings.mesh._asdict())
     if settings.eval.judge:
-        evaluate.judge_params(settings)
+        final.check(settings)
     found = experiment.teacher(settings)
     tokens = text_inputs.read(found.tokenizer, found.tokenizer_2)
     examples = experiment.examples(settings, found, tokens)
@@ -82,7 +83,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
             student = _write_student(settings, workdir, found, unet)
             where.push()
         with log.phase(progress, "evaluating"):
-            table = evaluate.report(workdir, found, student, settings)
+            table = final.report(workdir, found, student, settings)
     print(table.replace(str(workdir), where.name))
 
 

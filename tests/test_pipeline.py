@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from slam_jax import evaluate, pipeline, students
+from slam_jax import pipeline, students
 from slam_jax.data import text_inputs
 from slam_jax.diffusion import ode_sampler, parameterization, sampler, schedule
 from slam_jax.errors import UserError
@@ -191,19 +191,6 @@ def test_sdxls_text_is_that_of_diffusers(tiny_sdxl_folder, force_zeros):
     np.testing.assert_allclose(null_text.hidden_states, null_hidden[:1], atol=1e-4, rtol=1e-5)
     np.testing.assert_allclose(null_text.pooled, null_pooled[:1], atol=1e-4, rtol=1e-5)
     assert (np.abs(null_text.pooled).max() == 0) == force_zeros
-
-
-def test_evaluation_cuts_any_text_into_batches():
-    text = {"a": jnp.arange(5.0)[:, None], "b": jnp.arange(5.0)}
-    noise = jnp.zeros((2, 5, 1, 1, 1))
-    sizes = []
-
-    def sample(text, noise):
-        sizes.append(noise.shape[1])
-        return text["a"][:, 0] + text["b"] + jnp.sum(noise)
-
-    np.testing.assert_array_equal(evaluate._in_batches(sample, text, noise, 2), [0, 2, 4, 6, 8])
-    assert sizes == [2, 2, 1]
 
 
 def test_lora_student_at_gamma_1_is_the_plain_unet_with_the_lora_merged(model):

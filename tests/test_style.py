@@ -274,11 +274,10 @@ BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
 BELOW["evaluation"] = set(BELOW) - {"__init__", "experiment", "distill"}
 DRIVERS = ("train", "sample", "evaluate", "export", "prepare", "dry_run")
 BELOW["program"] = BELOW["experiment"] | {"experiment", "runtime"}
-BELOW["arguments"] = BELOW["program"]
+BELOW["arguments"] = BELOW["trained"] = BELOW["program"]
 BELOW["forecast"] = ZERO | {"runtime"}
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
-BELOW["train"] = BELOW["train"] | {"evaluate"}  # a run ends with the table
 BELOW["dry_run"] = BELOW["dry_run"] | {"program", "arguments", "forecast"}
 BELOW["main"] = set(BELOW) - {"__init__"}
 
@@ -762,7 +761,7 @@ GOOD = [
     (long_files, NET, 400 * "\n"),
     (long_functions, TRAIN, "def train():\n" + 119 * "    x = 1\n"),
     (upward_imports, LOSS, "from slam_jax.diffusion import solver\nfrom slam_jax import errors"),
-    (upward_imports, TRAIN, "from slam_jax import evaluate, pipeline, settings\nimport jax"),
+    (upward_imports, TRAIN, "from slam_jax import loop, pipeline, settings\nimport jax"),
     (imported_functions, TRAIN, "from slam_jax.diffusion import solver"),
     (imported_functions, TRAIN, "from slam_jax.settings import Settings, as_dict"),
     (imported_functions, TRAIN, "from slam_jax.shapes import Text\nfrom slam_jax import sample"),

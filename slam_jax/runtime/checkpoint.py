@@ -200,9 +200,18 @@ def restore_part(folder: os.PathLike | str, step: int, part: str, like: Any) -> 
     return found
 
 
+def steps(folder: os.PathLike | str) -> list[int]:
+    """All complete steps in the folder, whole or damaged; touches no device."""
+    folder = epath.Path(folder)
+    found = [path for path in _children(folder) if path.name.isdecimal()]
+    # In an object store a step has its final name from the beginning.
+    final = [path for path in found if not _is_remote(folder) or (path / _FINAL).exists()]
+    return [int(path.name) for path in final]
+
+
 def latest(folder: os.PathLike | str) -> int | None:
     """The last complete step in the folder, whole or damaged; touches no device."""
-    return max(_steps(epath.Path(folder)), default=None)
+    return max(steps(folder), default=None)
 
 
 def newest(folder: os.PathLike | str, say: Say) -> int | None:
@@ -238,7 +247,7 @@ def _agreed(choose: Callable[[], str]) -> str:
 
 
 def _newest(folder: epath.Path, say: Say) -> int | None:
-    for step in sorted(_steps(folder), reverse=True):
+    for step in sorted(steps(folder), reverse=True):
         damage = checksums.problem(folder / str(step), _ITEM)
         if damage is None:
             return step
@@ -260,13 +269,6 @@ def _set_aside(step: epath.Path) -> epath.Path:
     names = (f"{step.name}{_DAMAGED}{again or ''}" for again in itertools.count())
     free = next(path for name in names if not (path := step.parent / name).exists())
     return step.rename(free)
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    steps = [path for path in _children(folder) if path.name.isdecimal()]
-    # In an object store a step has its final name from the beginning.
-    final = [path for path in steps if not _is_remote(folder) or (path / _FINAL).exists()]
-    return [int(path.name) for path in final]
 
 
 def _absolute(folder: os.PathLike | str) -> epath.Path:

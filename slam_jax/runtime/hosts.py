@@ -119,6 +119,12 @@ def check_shared(folder: epath.PathLike) -> None:
         )
 
 
+def wait(until: str) -> None:
+    """Returns when all hosts have called it with that word, once each."""
+    if peers.known():
+        peers.wait_for_all(until)
+
+
 def leave(status: int) -> None:
     """Ends a process that failed. Without it, JAX waits at the end until all others end too."""
     if peers.known():
