@@ -25,16 +25,20 @@ import numpy as np
 
 from benchmarks import laboratory
 from benchmarks.laboratory import Laboratory
-from slam_jax import evaluate, pipeline
+from slam_jax import pipeline
 from slam_jax.data import shapes2d
 from slam_jax.diffusion import parameterization, sampler, schedule
 from slam_jax.distill import loss
+from slam_jax.evaluation import classifier
+from slam_jax.evaluation.extractor import Extractor
 from slam_jax.metrics import prompt_accuracy
-from slam_jax.runtime import folder
+from slam_jax.runtime import folder, images
 
 STEPS = (1, 2, 4, 8)
 _NUM_STEPS = 300
 _NUM_IMAGES = 512
+_NUM_REAL = 2000
+_NUM_SHOWN = 8
 _TEACHER_STEPS = 50
 # Where the error curve is taken (METHOD.md §3.5), with sub-paths of one step of 20.
 CURVE = tuple(range(99, 1000, 100))
@@ -99,7 +103,7 @@ class Held(NamedTuple):
     noise: np.ndarray  # [steps, N, h, w, C]
     labels: np.ndarray
     endpoint: np.ndarray  # the teacher's latents from noise[0]
-    judge: Any
+    judge: Extractor
     real: np.ndarray  # features of real drawings
     curve: laboratory.Examples
 
@@ -112,20 +116,17 @@ def held(lab: Laboratory, seed: int, w: float) -> Held:
     shape = (max(STEPS), _NUM_IMAGES, *pipeline.latent_shape(lab.teacher, size))
     noise = jax.device_get(jax.random.normal(jax.random.key(3000 + seed), shape))
     text = laboratory.texts(lab, captions)
-    settings = lab.settings._replace(
-        eval=lab.settings.eval._replace(judge=str(laboratory.ROOT / lab.settings.eval.judge))
-    )
-    judge = evaluate.make_judge(evaluate.judge_params(settings), size, 4000)
-    source = shapes2d.Shapes2D(size, 2000, 4000)
-    pixels = np.stack([source[i].image for i in range(2000)]).astype(np.float32) / 255.0
-    real, _ = jax.device_get(judge.apply(jax.device_put(pixels)))
+    judge = classifier.extractor(classifier.read(laboratory.ROOT / lab.settings.eval.judge, size))
+    source = shapes2d.Shapes2D(size, _NUM_REAL, 4000)
+    drawings = np.stack([source[i].image for i in range(_NUM_REAL)])
+    real = judge.apply(jax.device_put(judge.prepare(drawings)))["pool"]
     walk = laboratory.method(lab, **WALKS["k20"], times="all", w=w)
     times = jnp.repeat(jnp.asarray(CURVE, jnp.int32), _NUM_PER_TIME // len(CURVE) + 1)
     walk = walk._replace(times=times)
     curve = laboratory.examples(lab, walk, 5000 + seed, _NUM_PER_TIME * len(CURVE))
     labels = np.stack([shapes2d.parse(caption).labels() for caption in captions])
     endpoint = _endpoint(lab, text, noise[0], w)
-    return Held(text, noise, labels, endpoint, judge, real, curve)
+    return Held(text, noise, labels, endpoint, judge, jax.device_get(real), curve)
 
 
 def _endpoint(lab: Laboratory, text: np.ndarray, x_T: np.ndarray, w: float) -> np.ndarray:
@@ -176,15 +177,17 @@ def ask(lab: Laboratory, built: Programs, params: Any, asked: Held) -> dict[str,
             text, noise = rows
             return sample(params, vae, text, jnp.moveaxis(noise, 1, 0))
 
-        latents, images = laboratory.in_batches(draw, (asked.text, noise), len(asked.text))
-        features, logits = jax.device_get(asked.judge.apply(jax.device_put(images)))
+        latents, drawn = laboratory.in_batches(draw, (asked.text, noise), len(asked.text))
+        pixels = asked.judge.prepare(images.quantize(drawn))
+        outputs = jax.device_get(asked.judge.apply(jax.device_put(pixels)))
+        logits = classifier.heads(outputs["logits"])
         found |= {
-            f"features_{steps}": features,
+            f"features_{steps}": outputs["pool"],
             f"accuracy_{steps}": prompt_accuracy.prompt_accuracy(logits, asked.labels),
             f"endpoint_{steps}": np.sqrt(np.mean((latents - asked.endpoint) ** 2)),
         }
         if steps == 1:
-            found["shown"] = images[:8]
+            found["shown"] = drawn[:_NUM_SHOWN]
     curve = asked.curve
     gaps = laboratory.in_batches(partial(built.gaps, params), tuple(curve), len(curve.text))
     found["curve"] = np.array([np.sqrt(gaps[curve.ends.t == t].mean()) for t in CURVE])
