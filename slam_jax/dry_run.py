@@ -16,10 +16,12 @@ from slam_jax.runtime import aot, chips, mesh
 from slam_jax.settings import Settings, as_dict
 from slam_jax.weights import pretrained
 
-# Lines of the program as JAX hands it to XLA that are compiled in a second, on one core of the
-# Xeon of benchmarks/results: XLA's compiler for TPUs, and that for CPUs.
-_TPU_LINES_PER_S = 90
+# How long compiling takes on one core of the Xeon of benchmarks/results: for CPUs by the lines of
+# the program as JAX hands it to XLA, for TPUs also by what they compute, lines x this x the root of
+# a device's FLOPs. (The demo on v5e:2x4: 27,479 lines, 2.7 GFLOP, 36 s; `prepare` of SD 1.5 on
+# v5e:2x2: 11,722 lines, 5.8 TFLOP, 14 minutes of CPU.)
 _CPU_LINES_PER_S = 400
+_TPU_S_PER_LINE = 2.8e-8
 
 
 def dry_run(settings: Settings, topology: str | None, in_parts: bool) -> None:
@@ -50,7 +52,7 @@ def dry_run(settings: Settings, topology: str | None, in_parts: bool) -> None:
         pieces = program.pieces(settings, parts, built, devices, frozen, batch, key)
         compiled, counts = _added(pieces, places, topology, counts)
     else:
-        compiled = _compiled(traced.lower(), places, topology, "the step")
+        compiled = _compiled(traced, places, topology, "the step")
     chip = chips.find(places)
     print(f"compiled in {compiled.seconds:.0f} s{', in parts that are added up' * in_parts}\n")
     print(forecast.text(counts, compiled, chip))
@@ -93,20 +95,24 @@ def _added(
     counts: forecast.Counts,
 ) -> tuple[aot.Compiled, forecast.Counts]:  # fmt: skip
     """The step, from its pieces; what it touches once a step is the last one's."""
-    found = [_compiled(piece.lowered, places, topology, piece.name) for piece in pieces]
+    found = [_compiled(piece.traced, places, topology, piece.name) for piece in pieces]
     run = [(each, piece.times, piece.beside) for each, piece in zip(found, pieces, strict=True)]
     whole = aot.together(run, sum(own for _, own in counts.bytes_of.values()))
     return whole, counts._replace(changing=found[-1].traffic / 2)
 
 
 def _compiled(
-    lowered: jax.stages.Lowered, places: list[jax.Device], topology: str | None, name: str
+    traced: jax.stages.Traced, places: list[jax.Device], topology: str | None, name: str
 ) -> aot.Compiled:
     """Of the kept results, or compiled; says then how long that is likely to take."""
+    lowered = traced.lower()
 
     def announce() -> None:
         num_lines = lowered.as_text().count("\n")
-        seconds = num_lines / (_TPU_LINES_PER_S if topology else _CPU_LINES_PER_S)
+        seconds = num_lines / _CPU_LINES_PER_S
+        if topology:
+            once = flops.count(traced.jaxpr.jaxpr, unrolled=False) / len(places)
+            seconds = num_lines * _TPU_S_PER_LINE * once**0.5
         least, most = (max(1, round(factor * seconds / 60)) for factor in (0.5, 2))
         print(
             f"compiling {name}, for some {least} to {most} minutes on one core ({num_lines} lines "

@@ -39,7 +39,7 @@ class Piece(NamedTuple):
     """A part of the train step that can be compiled apart."""
 
     name: str
-    lowered: jax.stages.Lowered
+    traced: jax.stages.Traced
     times: int  # that a step runs it
     beside: int  # bytes on a device that lie beside its arguments or are no part of the state
 
@@ -103,11 +103,11 @@ def pieces(
     times = settings.accumulate
     summed = mesh.bytes_per_device(like.student)
     total = summed if times > 1 else 0
-    learnt = gradient.lower(like.student, like.target, frozen.teacher, lesson)
+    learnt = gradient.trace(like.student, like.target, frozen.teacher, lesson)
     return [
-        Piece("prepare", prepare.lower(*inputs), times, total),
+        Piece("prepare", prepare.trace(*inputs), times, total),
         Piece("gradient", learnt, times, total + mesh.bytes_per_device(lesson)),
-        Piece("update", update.lower(like, scalar, like.student), 1, summed),
+        Piece("update", update.trace(like, scalar, like.student), 1, summed),
     ]
 
 
