@@ -1,6 +1,7 @@
 """The benchmarks print their line, count FLOPs right, and need no more than they promise."""
 
 import ast
+import importlib
 import json
 import os
 import pathlib
@@ -9,11 +10,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from slam_jax import flops
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+comparison = importlib.import_module("benchmarks.comparison")
 
 # Runs programs one after the other in one process (argv: a line each) in which all else that the
 # project ever imports is missing, as on a machine with jax and flax alone.
@@ -197,8 +201,8 @@ def test_flops_of_convolutions_and_their_gradients():
 
 
 ALLOWED = {"jax", "flax", "optax", "numpy", "absl", "jaxtyping", "benchmarks", "slam_jax"}
-# They measure what a bare machine lacks.
-MEASURE_DATA = {"data.py", "synthetic.py", "checkpoint.py"}
+# They measure what a bare machine lacks, or need the demo's own teacher and drawings.
+NEED_MORE = {"data.py", "synthetic.py", "checkpoint.py", "laboratory.py"}
 FOLDERS = ("benchmarks", "slam_jax/nets", "slam_jax/diffusion", "slam_jax/distill")
 
 
@@ -206,7 +210,7 @@ FOLDERS = ("benchmarks", "slam_jax/nets", "slam_jax/diffusion", "slam_jax/distil
 def test_imports_stay_within_what_a_bare_machine_has(folder):
     """Also where a run does not pass, as inside a function."""
     for path in sorted((ROOT / folder).glob("*.py")):
-        if path.name in MEASURE_DATA:
+        if path.name in NEED_MORE:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = []
@@ -217,3 +221,44 @@ def test_imports_stay_within_what_a_bare_machine_has(folder):
             for name in names:
                 top = name.partition(".")[0]
                 assert top in ALLOWED | sys.stdlib_module_names, f"{path}:{node.lineno}: {name}"
+
+
+def _answers(folder, name, seed, quality):
+    """What benchmarks/comparison.py keeps, of a student whose features are off by `quality`."""
+    rng = np.random.default_rng(seed)
+    real = rng.normal(size=(60, 3))
+    answers = {"real": real, "losses": np.ones(60), "seconds": 1.0, "curve": np.arange(10.0)}
+    for steps in comparison.STEPS:
+        answers |= {
+            f"features_{steps}": real + quality, f"accuracy_{steps}": 1 - quality,
+            f"endpoint_{steps}": quality * steps,
+        }  # fmt: skip
+    np.savez(folder / f"{name}-{seed}.npz", **answers)
+
+
+def test_a_comparison_pairs_seeds(tmp_path):
+    for seed, common in ((0, 0.1), (1, 0.3)):
+        _answers(tmp_path, "lcm_k20", seed, common)
+        _answers(tmp_path, "splam_k20", seed, common + 0.05)
+    _answers(tmp_path, "lcm_k100", 0, 0.0)
+    out = tmp_path / "lines.jsonl"
+    program = [sys.executable, "benchmarks/comparison_table.py"]
+    done = subprocess.run(
+        [*program, "--keep", tmp_path, "--out", out], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {
+        (each["arm"], each["seed"]): each for each in map(json.loads, out.read_text().splitlines())
+    }
+    # Moved by d in each of three directions: |d|^2 in all.
+    assert lines["splam_k20", 1]["frechet_4"] == pytest.approx(3 * 0.35**2)
+    assert lines["splam_k20", 0]["error_curve"]["999"] == 9.0
+    means, differences = done.stdout.split("\n\n")
+    assert "| lcm_k20 | 2 |" in means and "0.800 ± 0.100" in means
+    (row,) = differences.splitlines()[2:]
+    # 0.05 off in both seeds, though the seeds themselves differ by 0.2.
+    assert row.startswith("| splam_k20 - lcm_k20 | 2 |") and "-0.050 ± 0.000" in row
+    empty = subprocess.run(
+        [*program, "--keep", tmp_path / "none"], cwd=ROOT, text=True, capture_output=True
+    )
+    assert empty.returncode == 1 and empty.stderr.startswith("error: ")

@@ -55,7 +55,7 @@ def train_step(
     step_key = jax.random.fold_in(key, state.step)
     progress = state.step / num_steps
 
-    def of_microbatch(number: Array, microbatch: Batch) -> tuple[Array, Params]:
+    def of_microbatch(number: int | Array, microbatch: Batch) -> tuple[Array, Params]:
         key = jax.random.fold_in(step_key, number)
         lesson = prepare(frozen, microbatch, key, progress, nets=nets, method=method)
         return gradient(
