@@ -19,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import numpy as np
 
 from benchmarks import comparison
-from slam_jax.metrics import fid, precision_recall
+from slam_jax.metrics import estimate, fid, precision_recall
 from slam_jax.runtime import folder
 
 _SHOWN = (
@@ -82,10 +82,10 @@ def _cells(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _mean(values: list[float]) -> str:
-    mean = np.mean(values)
     if len(values) < 2:
-        return f"{mean:.3f}"
-    return f"{mean:.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
+        return f"{values[0]:.3f}"
+    found = estimate.of(np.array(values))
+    return f"{found.mean:.3f} ± {found.standard_error:.3f}"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -24,7 +24,6 @@ from slam_jax.weights import pretrained
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH_SIZE = 32
 _AT_A_TIME = 64  # examples, where nothing is trained
-_LEARNING_RATE, _WARMUP_STEPS, _CLIP_NORM = 2e-4, 20, 1.0  # those of configs/tiny.py
 
 
 class Laboratory(NamedTuple):
@@ -48,15 +47,8 @@ def enter() -> Laboratory:
     chosen = settings.from_config(tiny.get_config().to_dict())
     model = str(ROOT / chosen.teacher.model)
     chosen = chosen._replace(teacher=chosen.teacher._replace(model=model))
-    teacher = jax.tree.map(lambda x: x, pretrained.load(experiment.teacher(chosen)))
+    teacher = pretrained.load(experiment.teacher(chosen), place=lambda _, x: jax.device_put(x))
     tokens = text_inputs.read(teacher.tokenizer, teacher.tokenizer_2)
-    teacher = teacher._replace(
-        unet=teacher.unet._replace(params=jax.device_put(teacher.unet.params)),
-        vae=teacher.vae._replace(params=jax.device_put(teacher.vae.params)),
-        text_encoder=teacher.text_encoder._replace(
-            params=jax.device_put(teacher.text_encoder.params)
-        ),
-    )
     bare = Laboratory(chosen, teacher, tokens, jnp.zeros(()))
     return bare._replace(null_text=jax.device_put(texts(bare, [""])))
 
@@ -137,7 +129,7 @@ def train(
     num_steps: int, ema_rate: float,
 ) -> tuple[Any, np.ndarray]:  # fmt: skip
     """The target after num_steps batches of the examples, and the loss of each step."""
-    adamw = optimizer.adamw(_LEARNING_RATE, _WARMUP_STEPS, _CLIP_NORM, 0.0, 0.9, 0.999, 1e-8)
+    adamw = optimizer.adamw(**lab.settings.optimizer._asdict())
     gradient = jax.value_and_grad(mean_loss(network(lab), method))
 
     @partial(jax.jit, donate_argnums=0)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from slam_jax.errors import UserError
+from slam_jax.evaluation import inception
 from slam_jax.settings import as_dict, read
 
 PROMPT_SOURCES = ("shapes2d", "coco", "lines")
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 NETWORKS = ("classifier", "inception")
-INCEPTION_MODES = ("clean", "legacy")
 REFERENCE_SOURCES = ("shapes2d", "pictures")
 SPACINGS = ("", "leading", "linspace", "trailing")
 CROPS = ("middle", "none")
@@ -121,7 +121,7 @@ def from_config(config: Mapping[str, Any]) -> Protocol:
     _one_of("prompts.source", prompts.source, PROMPT_SOURCES)
     _one_of("images.filter", images.filter, FILTERS)
     _one_of("features.network", features.network, NETWORKS)
-    modes = INCEPTION_MODES if features.network == "inception" else ("",)
+    modes = tuple(inception.MODES) if features.network == "inception" else ("",)
     _one_of("features.mode", features.mode, modes)
     _one_of("reference.source", reference.source, REFERENCE_SOURCES)
     _one_of("reference.crop", reference.crop, CROPS)

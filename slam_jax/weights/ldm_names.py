@@ -141,19 +141,19 @@ def clip(num_layers: int) -> dict[str, str]:
 
 def open_clip(num_layers: int) -> dict[str, str]:
     """Our text encoder's modules and tensors -> OpenCLIP's."""
-    modules = dict(_OPEN_CLIP)
-    for i in range(num_layers):
-        ours, theirs = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
-        modules |= _within(ours, theirs, _OPEN_CLIP_LAYER)
-    return modules
+    return _OPEN_CLIP | _open_clip_layers("text_model", "transformer", num_layers)
 
 
 def open_clip_image(num_layers: int) -> dict[str, str]:
     """Our image tower's modules and tensors -> OpenCLIP's."""
-    modules = dict(_OPEN_CLIP_IMAGE)
+    return _OPEN_CLIP_IMAGE | _open_clip_layers("vision_model", "visual.transformer", num_layers)
+
+
+def _open_clip_layers(ours: str, theirs: str, num_layers: int) -> dict[str, str]:
+    modules = {}
     for i in range(num_layers):
-        ours, theirs = f"vision_model.encoder.layers.{i}", f"visual.transformer.resblocks.{i}"
-        modules |= _within(ours, theirs, _OPEN_CLIP_LAYER)
+        layer, block = f"{ours}.encoder.layers.{i}", f"{theirs}.resblocks.{i}"
+        modules |= _within(layer, block, _OPEN_CLIP_LAYER)
     return modules
 
 

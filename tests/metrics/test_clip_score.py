@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from slam_jax.metrics import clip_score
+from slam_jax.metrics import clip_score, estimate
 
 
 def test_pairs_have_a_hundred_times_torchs_cosine():
@@ -14,7 +14,9 @@ def test_pairs_have_a_hundred_times_torchs_cosine():
     scores = clip_score.per_pair(pictures, 1000 * captions)
     np.testing.assert_allclose(scores, 100 * theirs, rtol=1e-5)
     assert scores.min() < 0  # not clipped
-    assert clip_score.clip_score(pictures, captions).mean == pytest.approx(100 * theirs.mean())
+    assert estimate.of(clip_score.per_pair(pictures, captions)).mean == pytest.approx(
+        100 * theirs.mean()
+    )
 
 
 def test_standard_error_is_the_spread_of_means():
@@ -23,6 +25,6 @@ def test_standard_error_is_the_spread_of_means():
     angles = rng.uniform(0, 1, (4000, 20))
     pictures = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     captions = np.broadcast_to([1.0, 0.0], (20, 2))
-    draws = [clip_score.clip_score(each, captions) for each in pictures]
+    draws = [estimate.of(clip_score.per_pair(each, captions)) for each in pictures]
     spread = np.std([draw.mean for draw in draws])
     assert np.mean([draw.standard_error for draw in draws]) == pytest.approx(spread, rel=0.05)
