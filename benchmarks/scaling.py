@@ -1,7 +1,7 @@
 """What each device sends in a train step as devices are added: weak scaling, counted, not timed.
 
-Every device keeps its number of images. The program is compiled for each number of devices, ahead
-of time for slices of TPUs, and its collectives are counted in XLA's text.
+Every device keeps its number of images. The program is compiled for each number of devices, or
+planned for slices of TPUs that need not be here, and its collectives are counted in XLA's text.
 
     python benchmarks/scaling.py --topologies v5e:1x1 v5e:2x4 v5e:8x8 v5e:16x16
     JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python benchmarks/scaling.py --devices 1 2 8
@@ -12,6 +12,7 @@ import json
 import pathlib
 import runpy
 import sys
+from functools import partial
 from typing import NamedTuple
 
 # So that a checkout runs where it is not installed.
@@ -38,6 +39,7 @@ class Row(NamedTuple):
 
     layout: str
     devices: int
+    device: str
     arrays: float  # bytes on which each device's collectives work in a step
     sent: float  # bytes that a device sends for it, by ring algorithms
     memory: int  # bytes of arguments on a device, which tell how far the state is cut
@@ -45,21 +47,43 @@ class Row(NamedTuple):
     collectives: dict  # kind and group -> count, bytes of arrays
 
 
-def measure(chosen: Settings, teacher: pretrained.Pretrained, layout: str, places: list) -> Row:
-    """Compiles the step for those devices and counts; chosen.batch_size is of one device."""
-    chosen = chosen._replace(
-        batch_size=chosen.batch_size * len(places), accumulate=1, mesh=LAYOUTS[layout]
-    )
+def lower(chosen: Settings, channels: list[int] | None, places: list) -> jax.stages.Lowered:
+    """The train step for those devices; chosen.batch_size is of one device."""
+    chosen = chosen._replace(batch_size=chosen.batch_size * len(places), accumulate=1)
+    teacher, _ = arguments.teacher(chosen)
+    if channels:
+        teacher = widened(teacher, channels)
     devices = mesh.make(chosen.mesh.axes, places)
     built = program.build(chosen, program.parts(chosen, teacher), devices)
-    lowered = built.step.lower(
+    return built.step.lower(
         built.like, arguments.frozen(chosen, teacher, devices),
         arguments.batch(chosen, teacher, devices), arguments.key(devices),
     )  # fmt: skip
-    found = aot.compiled(lowered, places, lambda: print("compiling", layout, len(places),
-                                                        file=sys.stderr))  # fmt: skip
+
+
+def lower_ahead(chosen: Settings, channels: list[int] | None, topology: str) -> jax.stages.Lowered:
+    """The same in another process."""
+    return lower(chosen, channels, aot.devices(topology))
+
+
+def measure(
+    chosen: Settings, channels: list[int] | None, layout: str, topology: str | None, number: int
+) -> Row:
+    """Plans or compiles the step for a slice of TPUs, or so many of the devices here; counts."""
+    chosen = chosen._replace(mesh=LAYOUTS[layout])
+    places = aot.devices(topology) if topology else jax.devices()[:number]
+    lowered = lower(chosen, channels, places)
+
+    def announce() -> None:
+        print("compiling", layout, len(places), file=sys.stderr)
+
+    if topology:
+        again = partial(lower_ahead, chosen, channels, topology)
+        found = aot.planned(lowered, again, places, announce)
+    else:
+        found = aot.compiled(lowered, places, announce)
     return Row(
-        layout, len(places),
+        layout, len(places), places[0].device_kind,
         sum(each.payload for each in found.collectives),
         sum(each.sent for each in found.collectives),
         found.arguments, found.seconds,
@@ -108,15 +132,10 @@ def main() -> None:
     chosen = settings.from_config(config)._replace(batch_size=options.batch)
     if options.model:
         chosen = chosen._replace(teacher=chosen.teacher._replace(model=options.model))
-    if options.topologies:
-        slices = [aot.devices(name) for name in options.topologies]
-    else:
-        slices = [jax.devices()[:number] for number in options.devices]
-    teacher, _ = arguments.teacher(chosen)
-    if options.channels:
-        teacher = widened(teacher, options.channels)
+    where = [(name, 0) for name in options.topologies or ()]
+    where += [(None, number) for number in options.devices or ()]
     for layout in options.layouts:
-        rows = [measure(chosen, teacher, layout, places) for places in slices]
+        rows = [measure(chosen, options.channels, layout, *each) for each in where]
         print("layout  devices  arrays MB  sent MB  arguments MB")
         for row in rows:
             print(
@@ -124,11 +143,9 @@ def main() -> None:
                 f"{1e-6 * row.memory:12.3f}"
             )
         print(verdict(rows))
-        kind = slices[-1][0].device_kind
-        surroundings = timing.surroundings() | {"device": kind}
         for row in rows:
-            print(json.dumps({"program": "scaling", **vars(options), **row._asdict(),
-                              **surroundings}), flush=True)  # fmt: skip
+            print(json.dumps({"program": "scaling", **vars(options), **timing.surroundings(),
+                              **row._asdict()}), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

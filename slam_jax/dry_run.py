@@ -4,7 +4,8 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +17,45 @@ from slam_jax.runtime import aot, chips, mesh
 from slam_jax.settings import Settings, as_dict
 from slam_jax.weights import pretrained
 
-# How long compiling takes on one core of the Xeon of benchmarks/results: for CPUs by the lines of
-# the program as JAX hands it to XLA, for TPUs also by what they compute, lines x this x the root of
-# a device's FLOPs. (The demo on v5e:2x4: 27,479 lines, 2.7 GFLOP, 36 s; `prepare` of SD 1.5 on
-# v5e:2x2: 11,722 lines, 5.8 TFLOP, 14 minutes of CPU.)
-_CPU_LINES_PER_S = 400
-_TPU_S_PER_LINE = 2.8e-8
+# Of the program as JAX hands it to XLA, on one core of the Xeon of benchmarks/results.
+_LINES_PER_S = 400
 
 
-def dry_run(settings: Settings, topology: str | None, in_parts: bool) -> None:
+class _Traced(NamedTuple):
+    """The train step for devices that hold nothing."""
+
+    places: list[jax.Device]
+    devices: Mesh
+    teacher: pretrained.Pretrained
+    found_in: str
+    parts: program.Parts
+    like: state.TrainState
+    frozen: state.Frozen
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    step: jax.stages.Traced
+
+
+def dry_run(settings: Settings, topology: str | None) -> None:
     """Prints tables for a reader, then the same as one line of JSON.
 
-    topology: a slice of TPUs such as "v5e:16x16", compiled for ahead of time; None for the
-    devices that are present. in_parts: compiles the three functions that the step is made of apart
-    and adds them up, which takes less time and memory. UserError as for training, and where that
-    cannot be compiled for.
+    topology: a slice of TPUs such as "v5e:16x16", which need not be here; None for the devices that
+    are present. UserError as for training, and where that cannot be compiled for.
     """
     mesh.check_rules(**settings.mesh._asdict())
     # A student that starts from another model has the same shapes.
     settings = settings._replace(student=settings.student._replace(start=""))
+    traced = _trace(settings, topology, said=True)
+    counts = _counts(settings, traced)
+    compiled = _compiled(settings, traced, topology)
+    chip = chips.find(traced.places)
+    print(f"{'planned' if topology else 'compiled'} in {compiled.seconds:.0f} s\n")
+    print(forecast.text(counts, compiled, chip))
+    line = _setting(settings, traced) | forecast.as_json(counts, compiled, chip)
+    print(f"\n{json.dumps(line | {'topology': topology})}", flush=True)
+
+
+def _trace(settings: Settings, topology: str | None, said: bool = False) -> _Traced:
+    """said: prints what it is of as soon as that is known."""
     places = jax.devices() if topology is None else aot.devices(topology)
     devices = mesh.make(settings.mesh.axes, places)
     mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
@@ -43,29 +64,24 @@ def dry_run(settings: Settings, topology: str | None, in_parts: bool) -> None:
     built = program.build(settings, parts, devices)
     frozen = arguments.frozen(settings, teacher, devices)
     batch = arguments.batch(settings, teacher, devices)
-    print(_heading(settings, topology, devices, found_in, batch), flush=True)
-
-    key = arguments.key(devices)
-    traced = built.step.trace(built.like, frozen, batch, key)
-    counts = _counts(settings, teacher, parts, built, frozen, batch, traced, len(places))
-    if in_parts:
-        pieces = program.pieces(settings, parts, built, devices, frozen, batch, key)
-        compiled, counts = _added(pieces, places, topology, counts)
-    else:
-        compiled = _compiled(traced, places, topology, "the step")
-    chip = chips.find(places)
-    print(f"compiled in {compiled.seconds:.0f} s{', in parts that are added up' * in_parts}\n")
-    print(forecast.text(counts, compiled, chip))
-    line = _setting(settings, devices, batch) | forecast.as_json(counts, compiled, chip)
-    print(f"\n{json.dumps(line | {'topology': topology, 'in_parts': in_parts})}", flush=True)
+    if said:
+        print(_heading(settings, topology, devices, found_in, batch), flush=True)
+    step = built.step.trace(built.like, frozen, batch, arguments.key(devices))
+    return _Traced(places, devices, teacher, found_in, parts, built.like, frozen, batch, step)
 
 
-def _setting(settings: Settings, devices: Mesh, batch: Mapping) -> dict[str, Any]:
+def lower(settings: Settings, topology: str | None) -> jax.stages.Lowered:
+    """The train step as JAX hands it to XLA."""
+    return _trace(settings, topology).step.lower()
+
+
+def _setting(settings: Settings, traced: _Traced) -> dict[str, Any]:
     """What the numbers are of."""
     return {
-        "program": "dry_run", "device": devices.devices.flat[0].device_kind,
-        "mesh": dict(devices.shape), "teacher": settings.teacher.model, "config": as_dict(settings),
-        "batch": {name: [*leaf.shape, leaf.dtype.name] for name, leaf in batch.items()},
+        "program": "dry_run", "device": traced.places[0].device_kind,
+        "mesh": dict(traced.devices.shape), "teacher": settings.teacher.model,
+        "config": as_dict(settings),
+        "batch": {name: [*leaf.shape, leaf.dtype.name] for name, leaf in traced.batch.items()},
         "jax": jax.__version__, "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
     }  # fmt: skip
 
@@ -90,59 +106,43 @@ def _heading(
     ])  # fmt: skip
 
 
-def _added(
-    pieces: list[program.Piece], places: list[jax.Device], topology: str | None,
-    counts: forecast.Counts,
-) -> tuple[aot.Compiled, forecast.Counts]:  # fmt: skip
-    """The step, from its pieces; what it touches once a step is the last one's."""
-    found = [_compiled(piece.traced, places, topology, piece.name) for piece in pieces]
-    run = [(each, piece.times, piece.beside) for each, piece in zip(found, pieces, strict=True)]
-    whole = aot.together(run, sum(own for _, own in counts.bytes_of.values()))
-    return whole, counts._replace(changing=found[-1].traffic / 2)
-
-
-def _compiled(
-    traced: jax.stages.Traced, places: list[jax.Device], topology: str | None, name: str
-) -> aot.Compiled:
+def _compiled(settings: Settings, traced: _Traced, topology: str | None) -> aot.Compiled:
     """Of the kept results, or compiled; says then how long that is likely to take."""
-    lowered = traced.lower()
+    lowered = traced.step.lower()
 
     def announce() -> None:
         num_lines = lowered.as_text().count("\n")
-        seconds = num_lines / _CPU_LINES_PER_S
-        if topology:
-            once = flops.count(traced.jaxpr.jaxpr, unrolled=False) / len(places)
-            seconds = num_lines * _TPU_S_PER_LINE * once**0.5
-        least, most = (max(1, round(factor * seconds / 60)) for factor in (0.5, 2))
+        minutes = num_lines / _LINES_PER_S / 60
+        least, most = (max(1, round(factor * minutes)) for factor in (0.5, 2))
         print(
-            f"compiling {name}, for some {least} to {most} minutes on one core ({num_lines} lines "
-            "of StableHLO); the result is kept",
+            f"compiling the step, for some {least} to {most} minutes on one core ({num_lines} "
+            "lines of StableHLO); the result is kept",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 
-    return aot.compiled(lowered, places, announce)
+    if topology is None:
+        return aot.compiled(lowered, traced.places, announce)
+    return aot.planned(lowered, partial(lower, settings, topology), traced.places, announce)
 
 
-def _counts(
-    settings: Settings, teacher: pretrained.Pretrained, parts: program.Parts,
-    built: program.Program, frozen: state.Frozen, batch: Mapping, traced: Any, num_devices: int,
-) -> forecast.Counts:  # fmt: skip
+def _counts(settings: Settings, traced: _Traced) -> forecast.Counts:
+    like, frozen = traced.like, traced.frozen
     trees = {
-        "student": built.like.student, "target": built.like.target,
-        "optimizer": built.like.opt_state, "teacher": frozen.teacher, "VAE": frozen.vae,
-        "text encoder": frozen.text_encoder, "batch": batch,
+        "student": like.student, "target": like.target, "optimizer": like.opt_state,
+        "teacher": frozen.teacher, "VAE": frozen.vae, "text encoder": frozen.text_encoder,
+        "batch": traced.batch,
     }  # fmt: skip
     both = {settings.student.dtype, settings.teacher.dtype}
     bytes_of = {name: _bytes(tree) for name, tree in trees.items()}
     return forecast.Counts(
-        num_devices=num_devices,
+        num_devices=len(traced.places),
         batch_size=settings.batch_size,
         microbatches=settings.accumulate,
         num_steps=settings.num_steps,
         in_float32=both == {"float32"},
-        flops_of=_flops_per_image(settings, teacher, parts, frozen),
-        flops=flops.count(traced.jaxpr.jaxpr),
-        flops_once=flops.count(traced.jaxpr.jaxpr, unrolled=False),
+        flops_of=_flops_per_image(settings, traced.teacher, traced.parts, frozen),
+        flops=flops.count(traced.step.jaxpr.jaxpr),
+        flops_once=flops.count(traced.step.jaxpr.jaxpr, unrolled=False),
         parameters={name: _size(tree) for name, tree in trees.items()},
         bytes_of=bytes_of,
         changing=sum(bytes_of[name][1] for name in ("student", "target", "optimizer")),

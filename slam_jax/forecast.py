@@ -61,8 +61,7 @@ def roofline(counts: Counts, compiled: aot.Compiled, chip: chips.Chip) -> Roofli
 def traffic(counts: Counts, compiled: aot.Compiled) -> float:
     """Bytes of memory that a step reads and writes on a device, microbatches counted.
 
-    XLA counts the loop over them once; outside of it are the reading and writing of the state. It
-    also counts what stays in a chip's faster memory, so this is rather too much.
+    The loop over them was counted once; outside of it are the reading and writing of the state.
     """
     once = min(compiled.traffic, 2 * counts.changing)
     return once + counts.microbatches * (compiled.traffic - once)
@@ -95,7 +94,7 @@ def _flops(counts: Counts, compiled: aot.Compiled) -> list[str]:
     if compiled.flops:
         xla = compiled.flops * counts.num_devices
         lines.append(
-            f"XLA's count of the compiled step, loops once: {_flop(xla)} on all devices, "
+            f"counted in the compiled step, loops once: {_flop(xla)} on all devices, "
             f"{xla / counts.flops_once:.3f} of {_flop(counts.flops_once)} as traced so"
         )
     return lines
@@ -109,7 +108,7 @@ def _memory(compiled: aot.Compiled, chip: chips.Chip | None) -> list[str]:
             ["arguments", _bytes(compiled.arguments)],
             ["results beside them", _bytes(compiled.results)],
             ["temporaries", _bytes(compiled.temporaries)],
-            ["program", _bytes(compiled.code)],
+            ["program", _bytes(compiled.code) if compiled.code else "not made"],
             ["all", _bytes(compiled.memory)],
         ]
     lines = _table(["memory per device, compiled", ""], rows)
@@ -117,7 +116,8 @@ def _memory(compiled: aot.Compiled, chip: chips.Chip | None) -> list[str]:
         return [*lines, "whether that fits is not known: no chip of that name in the table"]
     left = chip.memory - compiled.memory
     if left >= 0 and not compiled.too_large:
-        return [*lines, f"fits into {_bytes(chip.memory)} of {chip.name}: {_bytes(left)} are left"]
+        of_it = "are left" if compiled.code else "are left for the program"
+        return [*lines, f"fits into {_bytes(chip.memory)} of {chip.name}: {_bytes(left)} {of_it}"]
     return [
         *lines,
         f"DOES NOT FIT into {_bytes(chip.memory)} of {chip.name}: {_bytes(-left)} too much; "

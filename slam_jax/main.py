@@ -19,9 +19,6 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the run would take
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "With --dry_run: a slice of TPUs, present or not, such as v5e:16x16."
 )
-_IN_PARTS = flags.DEFINE_bool(
-    "in_parts", False, "With --dry_run: compile parts of the step apart, and add them up."
-)
 _HOSTS = command.hosts_flags()
 
 
@@ -37,7 +34,7 @@ def main() -> None:
         raise UserError(f"--config: {command.one_line(error)}") from None
     chosen = settings.from_config(config)
     if _DRY_RUN.value:
-        dry_run.dry_run(chosen, _TOPOLOGY.value, _IN_PARTS.value)
+        dry_run.dry_run(chosen, _TOPOLOGY.value)
         return
     hosts.start(*_HOSTS(), timeout_s=chosen.faults.timeout_s, saves_on_sigterm=True)
     with bucket.mirrored(_WORKDIR.value) as where:

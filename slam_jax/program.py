@@ -35,15 +35,6 @@ class Program(NamedTuple):
     step: Callable  # jitted: (TrainState, Frozen, batch, key) -> (TrainState, metrics)
 
 
-class Piece(NamedTuple):
-    """A part of the train step that can be compiled apart."""
-
-    name: str
-    traced: jax.stages.Traced
-    times: int  # that a step runs it
-    beside: int  # bytes on a device that lie beside its arguments or are no part of the state
-
-
 def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
     """Touches no device; of the teacher, configs and shapes alone are looked at."""
     student = experiment.student(settings, teacher.unet)
@@ -72,43 +63,6 @@ def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
         donate_argnums=0, out_shardings=(layout, replicated),
     )  # fmt: skip
     return Program(first, like, layout, replicated, train_step)
-
-
-def pieces(
-    settings: Settings, parts: Parts, built: Program, devices: Mesh, frozen: state.Frozen,
-    batch: Mapping, key: jax.ShapeDtypeStruct,
-) -> list[Piece]:  # fmt: skip
-    """The three functions that the train step is made of, from the shapes of its arguments."""
-    rows, like, layout = mesh.rows_sharding(devices), built.like, built.layout
-    method = {"nets": _spread(parts.nets, devices, settings.mesh.rules), "method": parts.method}
-    microbatch = {
-        name: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=rows)
-        for name, leaf in batch.items()
-    }
-    scalar = jax.ShapeDtypeStruct((), np.float32, sharding=built.replicated)
-
-    prepare = jax.jit(partial(step.prepare, **method), out_shardings=rows)
-    inputs = (frozen, microbatch, key, scalar)
-    lesson = jax.tree.map(lambda x: x.update(sharding=rows), jax.eval_shape(prepare, *inputs))
-    gradient = jax.jit(
-        partial(step.gradient, **method), out_shardings=(built.replicated, layout.student)
-    )
-    update = jax.jit(
-        partial(
-            step.update, optimizer=parts.optimizer, ema_rate=settings.ema_rate,
-            max_grad_norm=settings.faults.max_grad_norm,
-        ),
-        donate_argnums=0, out_shardings=(layout, built.replicated),
-    )  # fmt: skip
-    times = settings.accumulate
-    summed = mesh.bytes_per_device(like.student)
-    total = summed if times > 1 else 0
-    learnt = gradient.trace(like.student, like.target, frozen.teacher, lesson)
-    return [
-        Piece("prepare", prepare.trace(*inputs), times, total),
-        Piece("gradient", learnt, times, total + mesh.bytes_per_device(lesson)),
-        Piece("update", update.trace(like, scalar, like.student), 1, summed),
-    ]
 
 
 def _spread(nets: step.Nets, devices: Mesh, rules: mesh.Rules) -> step.Nets:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmarks import scaling
-from slam_jax.runtime import collectives, mesh
+from slam_jax.runtime import collectives, hlo, mesh
 
 def loss(params, x, devices, rules):
     whole, x = mesh.fetched(params, "student", devices, rules), mesh.spread(x, devices)
@@ -35,15 +35,16 @@ for name, layout in scaling.LAYOUTS.items():
         grad = jax.grad(lambda p, x: loss(p, x, devices, layout.rules))
         compiled = jax.jit(grad, out_shardings=mesh.shardings(params, devices, layout.rules)).lower(
             placed, spread).compile()
-        found = collectives.count(compiled.as_text(), n)
+        found = collectives.count(hlo.parse(compiled.as_text()), n)
         one = jax.grad(lambda p: jnp.mean(jnp.square(jnp.tanh(x @ p["a"]) @ p["b"])))(params)
         far = lambda a, b: float(np.abs(a - b).max() / np.abs(b).max())
         errors += jax.tree.leaves(jax.tree.map(far, compiled(placed, spread), one))
         rows.append(scaling.Row(
-            name, n, sum(each.payload for each in found), sum(each.sent for each in found), 0, 0.0,
+            name, n, "cpu", sum(each.payload for each in found),
+            sum(each.sent for each in found), 0, 0.0,
             {each.kind: each.payload for each in found}))
-    print(json.dumps([[[*row[1:4], row.collectives] for row in rows], max(errors),
-                      scaling.verdict(rows)]))
+    print(json.dumps([[[row.devices, row.arrays, row.sent, row.collectives] for row in rows],
+                      max(errors), scaling.verdict(rows)]))
 grown = [row._replace(sent=row.sent * (1 + 0.05 * row.devices)) for row in rows]
 print(json.dumps(scaling.verdict(grown)))
 print(json.dumps(scaling.verdict([row._replace(layout="dp", arrays=row.devices) for row in rows])))

@@ -1,12 +1,15 @@
-"""Programs compiled without being run, also for TPUs that are not there."""
+"""Programs compiled without being run, and planned for TPUs that are not there."""
 
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +17,10 @@ import jax
 from jax.experimental import topologies
 
 from slam_jax.errors import UserError
-from slam_jax.runtime import collectives, folder
+from slam_jax.runtime import collectives, folder, hlo
 
 # Of what is kept; another number makes everything be compiled anew.
-_FORMAT = 1
+_FORMAT = 2
 # Without the first three libtpu asks Google's metadata server, which is not there, what machine
 # this is; without the last only one process at a time may compile.
 _LIBTPU = {
@@ -26,6 +29,12 @@ _LIBTPU = {
 }  # fmt: skip
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
+# Names of the files that XLA writes, and of ours.
+_OPTIMIZED = "after_optimizations"
+_PLAN = "-buffer-assignment"
+_FAILURE = "failure.txt"
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+),(.*):$", re.MULTILINE)
+_POLL_S = 0.5
 
 
 class Compiled(NamedTuple):
@@ -33,11 +42,11 @@ class Compiled(NamedTuple):
 
     seconds: float  # that compiling took
     flops: float  # bodies of loops once
-    traffic: float  # bytes read and written by all operations, bodies of loops once
+    traffic: float  # bytes of memory that operations read and write, bodies of loops once
     arguments: int  # bytes of memory
     results: int  # bytes beyond those that take the arguments' place
     temporaries: int  # bytes at most
-    code: int  # bytes
+    code: int  # bytes; 0 where none was made
     too_large: float  # bytes; not 0 where the compiler gave up since memory is not enough
     collectives: tuple[collectives.Collective, ...]
 
@@ -46,33 +55,6 @@ class Compiled(NamedTuple):
         """Bytes in all."""
         whole = self.arguments + self.results + self.temporaries + self.code
         return float(self.too_large or whole)
-
-
-def together(pieces: Sequence[tuple[Compiled, int, int]], arguments: int) -> Compiled:
-    """A program that runs pieces in turn, from what is said of each.
-
-    pieces: (compiled, times that it runs, bytes that lie beside the program's arguments then).
-    arguments: bytes of the program's own. Memory is that of the piece that needs most.
-    """
-    every = [compiled for compiled, _, _ in pieces]
-    transfers = dict[tuple[str, int], collectives.Collective]()
-    for compiled, times, _ in pieces:
-        for kind, group, count, payload in compiled.collectives:
-            before = transfers.get((kind, group), collectives.Collective(kind, group, 0, 0))
-            transfers[kind, group] = before._replace(
-                count=before.count + times * count, payload=before.payload + times * payload
-            )
-    return Compiled(
-        seconds=sum(each.seconds for each in every),
-        flops=sum(each.flops for each in every),
-        traffic=sum(each.traffic for each in every),
-        arguments=arguments,
-        results=0,
-        temporaries=max(each.temporaries + each.results + beside for each, _, beside in pieces),
-        code=sum(each.code for each in every),
-        too_large=max(each.too_large for each in every),
-        collectives=tuple(sorted(transfers.values(), key=lambda each: -each.payload)),
-    )
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -111,10 +93,33 @@ def _version(package: str) -> str:
 def compiled(
     lowered: jax.stages.Lowered, places: list[jax.Device], announce: Callable[[], None]
 ) -> Compiled:
-    """The program for those devices, from the folder of results if it was compiled before.
+    """The program for devices that are here, from the folder of results if it was there before.
 
     announce: called if it was not.
     """
+    return _kept(lowered, places, announce, partial(_compile, lowered, len(places)))
+
+
+def planned(
+    lowered: jax.stages.Lowered,
+    again: Callable[[], jax.stages.Lowered],
+    places: list[jax.Device],
+    announce: Callable[[], None],
+) -> Compiled:
+    """The same for TPUs that are not here, without their machine code, which takes longest to make.
+
+    again: makes the same `lowered` in another process, which is ended as soon as XLA has settled
+    what is computed in what order and where every array lies.
+    """
+    return _kept(lowered, places, announce, partial(_plan, again, len(places)))
+
+
+def _kept(
+    lowered: jax.stages.Lowered,
+    places: list[jax.Device],
+    announce: Callable[[], None],
+    make: Callable[[], Compiled],
+) -> Compiled:
     kept = _folder() / f"{_key(lowered, places)}.json"
     if kept.is_file():
         try:
@@ -124,7 +129,7 @@ def compiled(
         except (OSError, ValueError, TypeError, KeyError):
             pass  # half a file, or another program's: it is replaced
     announce()
-    result = _compile(lowered, len(places))
+    result = make()
     try:
         folder.write_atomic(kept, json.dumps(result._asdict()).encode())
     except OSError as error:
@@ -149,23 +154,83 @@ def _key(lowered: jax.stages.Lowered, places: list[jax.Device]) -> str:
 def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Compiled:
     started = time.perf_counter()
     try:
-        program = lowered.compile()
+        found = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _USED.search(str(error))
-        if used is None:
-            raise
-        seconds = time.perf_counter() - started
-        return Compiled(seconds, 0, 0, 0, 0, 0, 0, float(used[1]) * _UNITS[used[2]], ())
+        return _refused(str(error), time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    cost, memory = program.cost_analysis() or {}, program.memory_analysis()
+    cost, memory = found.cost_analysis() or {}, found.memory_analysis()
+    program = hlo.parse(found.as_text())
     return Compiled(
         seconds=seconds,
         flops=cost.get("flops", 0),
-        traffic=cost.get("bytes accessed", 0),
+        traffic=hlo.traffic(program),
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         too_large=0,
-        collectives=tuple(collectives.count(program.as_text(), num_devices)),
+        collectives=tuple(collectives.count(program, num_devices)),
+    )
+
+
+def _refused(message: str, seconds: float) -> Compiled:
+    """Of a compiler that gave up for want of memory; any other failure is raised."""
+    used = _USED.search(message)
+    if used is None:
+        raise RuntimeError(message)
+    return Compiled(seconds, 0, 0, 0, 0, 0, 0, float(used[1]) * _UNITS[used[2]], ())
+
+
+def _plan(again: Callable[[], jax.stages.Lowered], num_devices: int) -> Compiled:
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        # A new process: XLA, once begun, cannot be stopped.
+        process = multiprocessing.get_context("spawn").Process(
+            target=_write_plan, args=(again, place), daemon=True
+        )
+        process.start()
+        # XLA writes its files in turn: when the next one is there, those before are whole.
+        while process.is_alive() and not list(Path(place).glob(f"*{_PLAN}-values.txt")):
+            process.join(_POLL_S)
+        process.kill()
+        process.join()
+        seconds = time.perf_counter() - started
+        failure = Path(place) / _FAILURE
+        if failure.exists():
+            return _refused(failure.read_text(), seconds)
+        texts = [
+            each.read_text()
+            for name in (f"*{_OPTIMIZED}.txt", f"*{_OPTIMIZED}{_PLAN}.txt")
+            for each in Path(place).glob(name)
+        ]
+    if len(texts) != 2:
+        raise RuntimeError(f"compiling ended with status {process.exitcode} and without a plan")
+    return _read_plan(*texts, seconds, num_devices)
+
+
+def _write_plan(again: Callable[[], jax.stages.Lowered], place: str) -> None:
+    try:
+        again().compile(compiler_options={"xla_dump_to": place, "xla_dump_hlo_as_text": True})
+    except jax.errors.JaxRuntimeError as error:
+        (Path(place) / _FAILURE).write_text(str(error))
+
+
+def _read_plan(text: str, buffers: str, seconds: float, num_devices: int) -> Compiled:
+    """From XLA's text of the program, and that of where each array lies."""
+    program = hlo.parse(text)
+    found = {kind: 0 for kind in ("parameter", "maybe-live-out", "preallocated-temp", "constant")}
+    for size, said in _ALLOCATION.findall(buffers):
+        kind = next((kind for kind in found if kind in said), None)
+        if kind and "color" not in said:  # others lie in the chip's faster memories
+            found[kind] += int(size)
+    return Compiled(
+        seconds=seconds,
+        flops=hlo.flops(program),
+        traffic=hlo.traffic(program),
+        arguments=found["parameter"],
+        results=found["maybe-live-out"],
+        temporaries=found["preallocated-temp"] + found["constant"],
+        code=0,
+        too_large=0,
+        collectives=tuple(collectives.count(program, num_devices)),
     )

@@ -1,24 +1,16 @@
-"""What devices send each other in a compiled program, counted in XLA's text of it.
-
-The text is that of one device's program (compiled.as_text()). Loops count as often as they run.
-"""
+"""What devices send each other in a compiled program; loops count as often as they run."""
 
 import math
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from slam_jax.runtime import hlo
+from slam_jax.runtime.hlo import Instruction
+
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _PERMUTE = "collective-permute"
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$")
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation|async_computation)="
-    r"%?([\w.-]+)"
-)
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 # Of device groups: as a list, as an iota, and by axes of a mesh, whole or a factor of one.
@@ -49,24 +41,18 @@ class Collective(NamedTuple):
                 return self.payload * (self.group - 1) / self.group
 
 
-class _Instruction(NamedTuple):
-    shape: str
-    operation: str
-    rest: str  # operands and attributes
-
-
-def count(text: str, num_devices: int) -> list[Collective]:
+def count(program: hlo.Program, num_devices: int) -> list[Collective]:
     """Collectives of the program by kind and group, those that move most first.
 
     A loop of which the text does not tell how often it runs counts once.
     """
-    computations, entry = _parse(text)
+    computations, entry = program
     totals: dict[tuple[str, int], tuple[int, int]] = {}
     seen = set()
     for times, name, instruction in _walk(computations, entry, 1):
         # On TPUs one collective may be written several times, among the operations that hide it.
         if channel := _CHANNEL.search(instruction.rest):
-            same = channel[1], instruction.operation, _sizes(instruction.shape)
+            same = channel[1], instruction.operation, hlo.sizes(instruction.shape)
             if same in seen:
                 continue
             seen.add(same)
@@ -78,22 +64,9 @@ def count(text: str, num_devices: int) -> list[Collective]:
     return sorted(found, key=lambda each: -each.sent)
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    """Instructions by computation, and the name of the one that the program starts with."""
-    computations: dict[str, list[_Instruction]] = {}
-    entry, current = "", []
-    for line in text.splitlines():
-        if started := _COMPUTATION.match(line):
-            current = computations[started[1]] = []
-            entry = started[1] if line.startswith("ENTRY") else entry
-        elif found := _INSTRUCTION.match(line):
-            current.append(_Instruction(*found.groups()))
-    return computations, entry
-
-
 def _walk(
-    computations: dict[str, list[_Instruction]], name: str, times: int
-) -> Iterator[tuple[int, str, _Instruction]]:
+    computations: dict[str, list[Instruction]], name: str, times: int
+) -> Iterator[tuple[int, str, Instruction]]:
     """(how often it runs, its computation, the instruction) of every collective."""
     for instruction in computations[name]:
         if instruction.operation.removesuffix("-start") in _KINDS:
@@ -104,14 +77,11 @@ def _walk(
         inner = times
         if instruction.operation == "while":
             inner *= _trips(computations, instruction.rest)
-        called = _CALLED.findall(instruction.rest)
-        for branches in _BRANCHES.findall(instruction.rest):
-            called += [each.strip().removeprefix("%") for each in branches.split(",")]
-        for each in called:
+        for each in hlo.called(instruction):
             yield from _walk(computations, each, inner)
 
 
-def _trips(computations: dict[str, list[_Instruction]], rest: str) -> int:
+def _trips(computations: dict[str, list[Instruction]], rest: str) -> int:
     """How often a loop runs: as XLA says, or by its condition, counter < constant."""
     if known := _TRIPS.search(rest):
         return int(known[1])
@@ -125,10 +95,10 @@ def _trips(computations: dict[str, list[_Instruction]], rest: str) -> int:
     return limits[0] if len(limits) == 1 and counts_up else 1
 
 
-def _measure(name: str, instruction: _Instruction, num_devices: int) -> tuple[str, int, int]:
+def _measure(name: str, instruction: Instruction, num_devices: int) -> tuple[str, int, int]:
     """Kind, devices in a group, and bytes of the whole array."""
     kind = instruction.operation.removesuffix("-start")
-    sizes = _sizes(instruction.shape)
+    sizes = hlo.sizes(instruction.shape)
     if instruction.operation.endswith("-start") and kind != "all-reduce":
         # Operands, results, and for some a few words that tell when it is done.
         sizes = sizes[: len(sizes) // 4 * 4 // 2 or len(sizes)] if kind == _PERMUTE else sizes
@@ -157,18 +127,3 @@ def _group(rest: str, num_devices: int) -> int:
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", grid[2])
         return math.prod(int(part or sizes[axis]) for axis, part in used)
     return num_devices
-
-
-def _sizes(shape: str) -> tuple[int, ...]:
-    """Bytes of each array in a shape, which may be a tuple."""
-    return tuple(
-        math.prod(map(int, filter(None, dimensions.split(",")))) * _bits(dtype) // 8
-        for dtype, dimensions in _ARRAY.findall(shape)
-    )
-
-
-def _bits(dtype: str) -> int:
-    """Of one element: the number in the name, but for a few."""
-    if dtype == "pred":
-        return 8
-    return int(re.match(r"[a-z]+(\d+)", dtype)[1])

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slam_jax.runtime import collectives
+from slam_jax.runtime import collectives, hlo
 
 
 def _count(function, shape, spec, out):
     devices = Mesh(np.array(jax.devices()[:4]), ("d",))
     given = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(devices, spec))
     jitted = jax.jit(function, out_shardings=NamedSharding(devices, out))
-    return collectives.count(jitted.lower(given).compile().as_text(), 4)
+    return collectives.count(hlo.parse(jitted.lower(given).compile().as_text()), 4)
 
 
 CUT, WHOLE = PartitionSpec("d"), PartitionSpec()
@@ -81,7 +81,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 def test_every_way_of_writing(line, found):
     # The second time it is a piece of the same one, among what hides it.
     twice = f"{line}\n  {line}" if "channel_id" in line else line
-    assert collectives.count(PROGRAM.replace("LINE", twice), 16) == [found]
+    assert collectives.count(hlo.parse(PROGRAM.replace("LINE", twice)), 16) == [found]
 
 
 def test_the_sum_of_which_each_keeps_a_part():
@@ -89,4 +89,4 @@ def test_the_sum_of_which_each_keeps_a_part():
         "%body", "%all-reduce-scatter.1 (q: f32[8]) -> f32[2] {\n"
         "  %r = f32[8] all-reduce(%q), replica_groups={{0,1,2,3}}, to_apply=%add\n}\n\n%body", 1,
     )  # fmt: skip
-    assert collectives.count(fused, 4) == [("reduce-scatter", 4, 5, 5 * 32)]
+    assert collectives.count(hlo.parse(fused), 4) == [("reduce-scatter", 4, 5, 5 * 32)]
