@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slam_jax import command, experiment, loop, pipeline, program
+from slam_jax import command, experiment, loop, pipeline, program, run_report
 from slam_jax.data import text_inputs
 from slam_jax.distill import state
 from slam_jax.errors import UserError
@@ -84,6 +84,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
             where.push()
         with log.phase(progress, "evaluating"):
             table = final.report(workdir, found, student, settings)
+            run_report.write(workdir)
     print(table.replace(str(workdir), where.name))
 
 

@@ -87,6 +87,7 @@ def test_bar_shows_compiling_and_training(straight):
 
 def test_student_folder_holds_the_target(straight, tiny_folder):
     workdir, _ = straight
+    assert "distilled: " in (workdir / "report.html").read_text()
     student, teacher = pretrained.read(workdir / "student"), pretrained.read(tiny_folder)
     target = labs.state(workdir)["target"]
     np.testing.assert_array_equal(

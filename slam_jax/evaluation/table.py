@@ -52,20 +52,19 @@ class Protocol(NamedTuple):
 
 def markdown(rows: Sequence[Row], protocol: Protocol) -> str:
     """The table, its columns of even width, and what its errors are. Ends with a newline."""
-    names = metrics(rows)
-    head = ["model", "sampler", "steps", "w", "network calls", "s / image", "images", *names]
-    cells = [[*head, "protocol"]]
-    for row in rows:
-        scores = [_score(row.scores[name]) if name in row.scores else "" for name in names]
-        cells.append([*_conditions(row), *scores, protocol.tag])
+    head, shown = cells(rows)
+    whole = [
+        [cell.replace("|", "\\|") for cell in line]
+        for line in ([*head, "protocol"], *([*line, protocol.tag] for line in shown))
+    ]
     # Of two at least, or there is no ruler with a colon.
-    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(*whole, strict=True)]
     # All but the names are numbers, to the right.
     numbers = [2 <= place < len(widths) - 1 for place in range(len(widths))]
     ruler = ["-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, numbers, strict=True)]
     lines = [
         "| " + " | ".join(map(_aligned, line, widths, numbers)) + " |"
-        for line in (cells[0], ruler, *cells[1:])
+        for line in (whole[0], ruler, *whole[1:])
     ]
     return "\n".join([*lines, "", _legend(rows, protocol)]) + "\n"
 
@@ -77,8 +76,8 @@ def metrics(rows: Sequence[Row]) -> list[str]:
 
 def _conditions(row: Row) -> list[str]:
     return [
-        row.model.replace("|", "\\|"),
-        row.sampler.replace("|", "\\|"),
+        row.model,
+        row.sampler,
         str(row.steps),
         "" if row.guidance is None else f"{row.guidance:g}",
         str(row.network_calls),
@@ -129,6 +128,36 @@ def as_json(rows: Sequence[Row], protocol: Protocol, date: str) -> str:
     entries = [row._asdict() | {"protocol": protocol.tag} for row in rows]
     whole = {"protocol": protocol.name, "hash": protocol.digest, "date": date, "rows": entries}
     return json.dumps(_plain(whole), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> tuple[list[Row], Protocol]:
+    """The inverse of as_json; a score that is null is left out. ValueError for another file's."""
+    try:
+        whole = json.loads(text)
+        rows = []
+        for entry in whole["rows"]:
+            scores = {
+                name: Score(each["value"], each["standard_error"], each["interval"])
+                for name, each in entry["scores"].items()
+                if each["value"] is not None
+            }
+            values = {field: entry[field] for field in Row._fields}
+            rows.append(Row(**values | {"scores": scores}))
+        return rows, Protocol(whole["protocol"], whole["hash"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no results of an evaluation: {error}") from None
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The table's head and its lines, without the protocol's tag."""
+    names = metrics(rows)
+    head = ["model", "sampler", "steps", "w", "network calls", "s / image", "images", *names]
+    lines = [
+        _conditions(row)
+        + [_score(row.scores[name]) if name in row.scores else "" for name in names]
+        for row in rows
+    ]
+    return head, lines
 
 
 def _plain(value: Any) -> Any:
