@@ -138,6 +138,24 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_folder(tiny_folder, tmp_path_factory):
+    """The same with one resolution: its train step is compiled in half the time.
+
+    For what does not depend on the network: processes that end, hosts, files.
+    """
+    from slam_jax.weights import pretrained, templates
+
+    first = {
+        name: TINY_UNET[name][:1]
+        for name in ("block_out_channels", "down_block_types", "up_block_types")
+    }
+    unet = random_component(np.random.default_rng(0), templates.of_unet, **TINY_UNET | first)
+    folder = tmp_path_factory.mktemp("small_folder") / "model"
+    pretrained.write(folder, pretrained.read(tiny_folder)._replace(unet=unet))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_sdxl_folder(tmp_path_factory):
     """The same for SDXL: two encoders, 16 + 24 wide, and a pooled text of width 12."""
     from slam_jax.weights import pretrained, templates
