@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
+# A program that several tests build anew is compiled once. Processes that the tests start have no
+# part in it: JAX does not write its files in one go, and another process could read half a file.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
