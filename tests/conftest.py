@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,6 +27,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_default_matmul_precision", "highest")
+# A program that several tests build anew is compiled once. Processes that the tests start have no
+# part in it: JAX does not write its files in one go, and another process could read half a file.
+COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +141,24 @@ def tiny_folder(tmp_path_factory):
     )
     pretrained.write(folder / "model", model)
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def small_folder(tiny_folder, tmp_path_factory):
+    """The same with one resolution: its train step is compiled in half the time.
+
+    For what does not depend on the network: processes that end, hosts, files.
+    """
+    from slam_jax.weights import pretrained, templates
+
+    first = {
+        name: TINY_UNET[name][:1]
+        for name in ("block_out_channels", "down_block_types", "up_block_types")
+    }
+    unet = random_component(np.random.default_rng(0), templates.of_unet, **TINY_UNET | first)
+    folder = tmp_path_factory.mktemp("small_folder") / "model"
+    pretrained.write(folder, pretrained.read(tiny_folder)._replace(unet=unet))
+    return folder
 
 
 @pytest.fixture(scope="session")

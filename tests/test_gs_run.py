@@ -12,11 +12,8 @@ import sys
 import time
 
 import fsspec
-import jax
 import numpy as np
 import pytest
-
-from slam_jax.weights import pretrained, templates
 
 sys.path.append(str(pathlib.Path(__file__).parent))
 labs = importlib.import_module("lab")
@@ -58,16 +55,8 @@ with bucket.mirrored("gs://bucket/hosts") as where:
 
 
 @pytest.fixture(scope="module")
-def lab(cloud, tiny_folder, tmp_path_factory):
-    # With one resolution less it is compiled in half the time.
-    teacher, folder = pretrained.read(tiny_folder), tmp_path_factory.mktemp("lab")
-    blocks = ("block_out_channels", "down_block_types", "up_block_types")
-    config = teacher.unet.config | {name: teacher.unet.config[name][:1] for name in blocks}
-    rng, shapes = np.random.default_rng(0), templates.of_unet(config)
-    drawn = jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes)
-    small = teacher._replace(unet=pretrained.Component(config, drawn))
-    pretrained.write(folder / "small", small)
-    found = labs.Lab(folder, folder / "small")
+def lab(cloud, small_folder, tmp_path_factory):
+    found = labs.Lab(tmp_path_factory.mktemp("lab"), small_folder)
     temporary = found.folder / "temporary"
     temporary.mkdir()
     found.environment |= {"TMPDIR": str(temporary)}

@@ -19,11 +19,11 @@ TARGETS = ("to_q", "conv1", "conv_shortcut", "time_emb_proj")
 
 
 @pytest.fixture(scope="module")
-def workdir(tiny_folder, tmp_path_factory):
+def workdir(small_folder, tmp_path_factory):
     """The folder of a run of two steps that another one took up and led to three."""
     folder = tmp_path_factory.mktemp("lora_run")
     values = {
-        "teacher.model": tiny_folder, "batch_size": 4, "student.gamma_dim": 8,
+        "teacher.model": small_folder, "batch_size": 4, "student.gamma_dim": 8,
         "student.cond_proj": "random", "student.lora.rank": 2, "student.lora.alpha": 1.0,
         "student.lora.targets": TARGETS, "distill.gamma": ("uniform",), "distill.length": 20,
         "distill.stride": 20, "data.num_threads": 1, "log.every_steps": 1, "eval.judge": "",
@@ -53,7 +53,7 @@ def test_resumed_run_goes_on(workdir):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
-def test_checkpoint_holds_the_lora_and_the_gamma_layer_alone(workdir, tiny_folder):
+def test_checkpoint_holds_the_lora_and_the_gamma_layer_alone(workdir, small_folder):
     manager = ocp.CheckpointManager((workdir / "checkpoints").absolute())
     saved = manager.restore(3, args=ocp.args.StandardRestore())
     manager.close()
@@ -66,7 +66,7 @@ def test_checkpoint_holds_the_lora_and_the_gamma_layer_alone(workdir, tiny_folde
         if path[-2] == "lora_up"
     ]
     assert min(ups) > 0
-    base = pretrained.read(tiny_folder).unet.params["conv_in"]["kernel"]
+    base = pretrained.read(small_folder).unet.params["conv_in"]["kernel"]
     assert not any(leaf.shape == base.shape for leaf in _leaves(saved))
 
 
@@ -78,12 +78,12 @@ def _leaves(tree):
         yield np.asarray(tree)
 
 
-def test_student_is_a_plain_unet_of_teacher_and_lora(workdir, tiny_folder):
+def test_student_is_a_plain_unet_of_teacher_and_lora(workdir, small_folder):
     """As diffusers fuses them, from the LoRA's own file."""
     student = pretrained.read(workdir / "student")
     assert student.unet.config.get("time_cond_proj_dim") is None
     assert student.scheduler["_class_name"] == "LCMScheduler"
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_folder, safety_checker=None)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(small_folder, safety_checker=None)
     pipe.load_lora_weights(workdir / "student_lora")
     pipe.fuse_lora()
     ours = translate.to_tensors(student.unet.params)
@@ -95,7 +95,7 @@ def test_student_is_a_plain_unet_of_teacher_and_lora(workdir, tiny_folder):
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-7, err_msg=name)
-    teacher = translate.to_tensors(pretrained.read(tiny_folder).unet.params)
+    teacher = translate.to_tensors(pretrained.read(small_folder).unet.params)
     changed = {name for name in ours if not np.array_equal(ours[name], teacher[name])}
     assert changed == {
         name for name in ours if name.endswith(tuple(f"{target}.weight" for target in TARGETS))

@@ -25,8 +25,8 @@ FLAGS = (f"--config.faults.timeout_s={TIMEOUT_S}",)
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, tiny_folder):
-    return labs.Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
+def lab(tmp_path_factory, small_folder):
+    return labs.Lab(tmp_path_factory.mktemp("lab"), small_folder)
 
 
 def finish(lab, workdir: str, *flags: str) -> pathlib.Path:
@@ -152,7 +152,6 @@ def test_bad_samples_of_all_hosts_count_together(lab, tmp_path):
     done = labs.end(
         lab.start_hosts(
             "bad", *FLAGS, f"--config.data.source={folder}", "--config.data.max_bad_fraction=0.003",
-            "--config.num_steps=40",
         )
     )  # fmt: skip
     assert [status for status, *_ in done] == [2, 2], done

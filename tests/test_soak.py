@@ -53,8 +53,8 @@ def table(pytestconfig) -> Iterator[list[Row]]:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, tiny_folder):
-    return labs.Lab(tmp_path_factory.mktemp("soak"), tiny_folder)
+def lab(tmp_path_factory, small_folder):
+    return labs.Lab(tmp_path_factory.mktemp("soak"), small_folder)
 
 
 @pytest.fixture(scope="module")
