@@ -253,20 +253,35 @@ def pixels_per_latent(model: pretrained.Pretrained) -> int:
 
 def few_step(
     student: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
-    num_steps: int, original_steps: int, strength: float = 1.0,
+    num_steps: int, original_steps: int,
 ) -> Callable[..., Image]:  # fmt: skip
-    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1].
+    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1]."""
+    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size)
+    draw = any_steps(student, decode, schedule, prediction)
 
-    A fifth argument, scaled latents, is where image to image starts; strength is the share of
-    noise that they are given.
+    def sample(params: Params, vae_params: Params, text: Conditioning, noise) -> Image:
+        return draw(params, vae_params, text, noise, times)
+
+    return sample
+
+
+def any_steps(
+    student: Callable, decode: Callable, schedule: Schedule, prediction: Prediction
+) -> Callable[..., Image]:
+    """(student_params, vae_params, text, noise [S, B, h, w, C], times [S]) -> images in [0, 1].
+
+    The sixth argument, scaled latents, is where image to image starts. The seventh is how many of
+    the times are visited: one program for any number up to S.
     """
-    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size, strength)
 
     def sample(
-        params: Params, vae_params: Params, text: Conditioning, noise, start: Latent | None = None
-    ) -> Image:
+        params: Params, vae_params: Params, text: Conditioning, noise, times,
+        start: Latent | None = None, count: Array | None = None,
+    ) -> Image:  # fmt: skip
         net = partial(student, params)
-        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text, start)
+        x_0 = sampler.consistency_sample(
+            net, schedule, prediction, times, noise, text, start, count
+        )
         return decode(vae_params, x_0)
 
     return sample
