@@ -96,20 +96,20 @@ def few_step(
 
 
 def guided(
-    model: pretrained.Pretrained, dtype: str, latent_shape: tuple[int, int, int], steps: int,
-    w: float,
-) -> Callable[..., Drawn]:  # fmt: skip
-    """(unet_params, vae_params, text, null_text, noise) -> images, by DDIM.
+    model: pretrained.Pretrained, dtype: str, latent_shape: tuple[int, int, int], steps: int
+) -> Callable[..., Drawn]:
+    """(unet_params, vae_params, text, null_text, noise, w) -> images, by DDIM.
 
     noise: [S, B, h, w, C], of which the first counts, or Seeds.
     """
     computed = pipeline.dtype(dtype)
     teacher = pipeline.teacher(model.unet.config, computed)
-    sample = pipeline.ddim(teacher, *_shared(model, computed), steps, ORIGINAL_STEPS, w)
+    shared = _shared(model, computed)
 
-    def draw(unet_params, vae_params, text, null_text, noise) -> Drawn:
+    def draw(unet_params, vae_params, text, null_text, noise, w) -> Drawn:
         if isinstance(noise, Seeds):
             noise = _noise(noise, (1, *latent_shape))
+        sample = pipeline.ddim(teacher, *shared, steps, ORIGINAL_STEPS, w)
         return _drawn(sample(unet_params, vae_params, text, null_text, noise[0]))
 
     return draw

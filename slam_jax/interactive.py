@@ -3,8 +3,8 @@
     drawer = interactive.start(pretrained.find("runs/tiny/student"))
     pixels = interactive.pictures(drawer, ["a red circle above a blue square"], [0], steps=4)
 
-Nothing is compiled for a new prompt or seed, nor for another number of a student's steps up to
-MOST_STEPS: one program serves all of them, and there is one for each of BATCH_SIZES, to which a
+Nothing is compiled for a new prompt, seed or guidance, nor for another number of a student's steps
+up to MOST_STEPS: one program serves all of them. There is one for each of BATCH_SIZES, to which a
 request is filled up. In fact there are two, from token ids to what the UNet is told, and from there
 to pixels, so that a prompt that was there before is not encoded again. Several threads may ask.
 """
@@ -48,7 +48,7 @@ class Drawer:
     dtype: str
     devices: Mesh
     is_student: bool
-    programs: dict[tuple, Callable]
+    programs: dict[tuple, jax.stages.Compiled]
     texts: collections.OrderedDict[bytes, Any]  # by token ids, the ones used last at the end
     lock: Any
 
@@ -159,7 +159,8 @@ def _few_step(
 def _guided(drawer: Drawer, text, noise: Seeds | Noise, steps: int, w: float) -> Drawn:
     if not isinstance(noise, Seeds):
         noise = _columns(drawer, noise[:1], 1, len(jax.tree.leaves(text)[0]))
-    return _run(drawer, drawing_programs.guided, (steps, w), text, _null_text(drawer), noise)
+    weight = jax.device_put(np.float32(w), mesh.replicated(drawer.devices))
+    return _run(drawer, drawing_programs.guided, (steps,), text, _null_text(drawer), noise, weight)
 
 
 def _run(drawer: Drawer, build: Callable, given: tuple, text, *arguments) -> Drawn:
@@ -179,6 +180,16 @@ def _program(drawer: Drawer, build: Callable, given: tuple, *arguments) -> Any:
             bare = drawing_programs.without_params(drawer.model)
             drawer.programs[key] = executables.load(build, (bare, drawer.dtype, *given), *arguments)
     return drawer.programs[key](*arguments)
+
+
+def memory(drawer: Drawer) -> int:
+    """Bytes on each device that the largest program so far needs, parameters included."""
+    found = (program.memory_analysis() for program in drawer.programs.values())
+    return max(
+        each.argument_size_in_bytes + each.output_size_in_bytes + each.temp_size_in_bytes
+        + each.generated_code_size_in_bytes
+        for each in found
+    )  # fmt: skip
 
 
 def _texts(drawer: Drawer, prompts: Sequence[str]) -> list:

@@ -11,12 +11,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-# Bytes of all files together; the ones unused for longest are removed first.
-_MOST = 4 * 2**30
+# Bytes of all files together; the ones unused for longest are removed first. JAX's are apart.
+MOST = 4 * 2**30
 _DIGEST = 32  # bytes
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -43,6 +45,15 @@ def _code() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def machine() -> str:
+    """What instructions its processor has, as far as the system says: code for others may fail."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            return found[0]
+    return f"{platform.machine()} {platform.processor()}"
 
 
 def read(kind: str, key: str) -> bytes | None:
@@ -83,7 +94,7 @@ def _make_room(root: Path) -> None:
     found = [(path.stat(), path) for path in root.glob("*/*") if path.is_file()]
     total = sum(status.st_size for status, _ in found)
     for status, path in sorted(found, key=lambda each: each[0].st_mtime_ns):
-        if total <= _MOST:
+        if total <= MOST:
             return
         path.unlink(missing_ok=True)
         total -= status.st_size

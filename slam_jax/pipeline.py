@@ -19,16 +19,7 @@ from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import clip, unet, vae
 from slam_jax.shapes import (
-    Coeff,
-    Conditioning,
-    Image,
-    Latent,
-    Moments,
-    Pixels,
-    PRNGKey,
-    SDXLText,
-    Time,
-    Timestep,
+    Coeff, Conditioning, Guidance, Image, Latent, Moments, Pixels, PRNGKey, SDXLText, Time, Timestep,
 )  # fmt: skip
 from slam_jax.weights import pretrained
 
@@ -289,7 +280,7 @@ def any_steps(
 
 def ddim(
     teacher: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
-    num_steps: int, original_steps: int, w: float,
+    num_steps: int, original_steps: int, w: Guidance,
 ) -> Callable[..., Image]:  # fmt: skip
     """`guided` by DDIM at the times of a student that knows `original_steps` of them."""
     scheduler = {"original_inference_steps": original_steps}
@@ -298,7 +289,7 @@ def ddim(
 
 def guided(
     sampler_name: str, teacher: Callable, decode: Callable, schedule: Schedule,
-    prediction: Prediction, scheduler: Mapping, num_steps: int, w: float,
+    prediction: Prediction, scheduler: Mapping, num_steps: int, w: Guidance,
 ) -> Callable[..., Image]:  # fmt: skip
     """(teacher_params, vae_params, text, null_text, x_T) -> images in [0, 1].
 

@@ -56,7 +56,6 @@ _OUT = flags.DEFINE_string(
     allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
 
-_BATCH_SIZE = 16  # on each device
 _COLUMNS = 4
 
 
@@ -149,7 +148,7 @@ def _draw_all(
 ) -> Iterator[Float[np.ndarray, "B H W 3"]]:  # fmt: skip
     """Batch by batch over all devices."""
     command.warn_of_cut(prompts, drawer.tokens.cut(prompts), drawer.tokens.first.length)
-    size = min(interactive.most_at_once(drawer), _BATCH_SIZE * drawer.devices.size)
+    size = interactive.most_at_once(drawer)
     w = interactive.DEFAULT_W if _W.value is None else _W.value
     with log.bar(0, len(prompts)) as progress, log.phase(progress, "drawing"):
         for first in range(0, len(prompts), size):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import re
 import tempfile
 import threading
@@ -23,7 +22,6 @@ _SUFFIX = "-cache"  # of JAX's files with executables
 # Where JAX keeps and tells things, which changes no program.
 _ASIDE = re.compile(r"jax_.*(cache|log|dump|profile|traceback).*")
 _SETTINGS = {
-    "jax_enable_compilation_cache": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_compilation_cache_max_size": -1,
@@ -67,17 +65,8 @@ def _key(build: Callable[..., Callable], given: tuple, arguments: tuple) -> str:
         f"{build.__module__}.{build.__qualname__}", given, str(tree),
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves],
         [device.platform, device.device_kind, device.client.platform_version, jax.device_count()],
-        _processor(), settings, [os.environ.get(k) for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+        kept.machine(), settings, [os.environ.get(k) for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
     )  # fmt: skip
-
-
-def _processor() -> str:
-    """What instructions it has, as far as the system says: code made for others may not run."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^(flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)
-        if found:
-            return found[0]
-    return f"{platform.machine()} {platform.processor()}"
 
 
 def _compiled(key: str, exported: export.Exported, arguments: tuple) -> jax.stages.Compiled:
