@@ -5,6 +5,7 @@ hold, and from nothing else: runtime/executables.py knows a program by them.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jax import export
 from jaxtyping import Array, Float, UInt8, UInt32
 
 from slam_jax import pipeline
-from slam_jax.diffusion import parameterization, schedule
+from slam_jax.diffusion import parameterization, sampler, schedule
 from slam_jax.shapes import Image, Pixels, SDXLText
 from slam_jax.weights import pretrained
 
@@ -79,7 +80,7 @@ def few_step(
     """
     computed = pipeline.dtype(dtype)
     student = pipeline.student(model.unet.config, computed, remat=False)
-    sample = pipeline.any_steps(student, *_shared(model, computed))
+    decode, *known = _shared(model, computed)
     encode = pipeline.encode_image(model.vae.config, computed)
 
     def draw(unet_params, vae_params, text, noise, times, count, begin) -> Drawn:
@@ -90,7 +91,9 @@ def few_step(
             keys = jax.vmap(_posterior_key)(*begin.seeds)
             picture = {"image": begin.picture}
             start = jax.vmap(lambda key: encode(vae_params, picture, key)[0])(keys)
-        return _drawn(sample(unet_params, vae_params, text, noise, times, start, count))
+        net = partial(student, unet_params)
+        x_0 = sampler.consistency_sample(net, *known, times, noise, text, start, count)
+        return _drawn(decode(vae_params, x_0))
 
     return draw
 
@@ -138,4 +141,5 @@ def _posterior_key(seed: UInt32[Array, ""], number: UInt32[Array, ""]) -> jax.Ar
 
 
 def _drawn(images: Image) -> Drawn:
+    images = images.astype(jnp.float32)
     return Drawn(images, jnp.round(255 * images).astype(jnp.uint8))

@@ -12,7 +12,7 @@ to pixels, so that a prompt that was there before is not encoded again. Several 
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,13 @@ def pictures(
     return np.concatenate(drawn)
 
 
+def prepare(drawer: Drawer, batch_sizes: Iterable[int] = BATCH_SIZES, steps: int = 4) -> None:
+    """Compiles what so many pictures at once need, or reads it from the user's cache folder."""
+    for size in batch_sizes:
+        # Prompts as many as pictures, so that they are encoded in one batch.
+        pictures(drawer, [str(number) for number in range(size)], [0] * size, steps)
+
+
 def most_at_once(drawer: Drawer) -> int:
     """Images in the largest batch that is drawn at once."""
     return BATCH_SIZES[-1] * drawer.devices.size
@@ -145,11 +152,11 @@ def _few_step(
     drawer: Drawer, text, noise: Seeds | Noise, steps: int, begin: Start | None, strength: float
 ) -> Drawn:
     scheduler = {"original_inference_steps": ORIGINAL_STEPS, **drawer.model.scheduler}
-    visited = sampler.few_step_times(
+    visited = sampler.host_times(
         steps, scheduler["original_inference_steps"], schedule.num_timesteps(scheduler), strength
     )
     slots = max(MOST_STEPS, 1 << (steps - 1).bit_length())
-    times = np.pad(jax.device_get(visited), (0, slots - steps))
+    times = np.pad(visited, (0, slots - steps))
     if not isinstance(noise, Seeds):
         noise = _columns(drawer, noise, slots, len(jax.tree.leaves(text)[0]))
     known = jax.device_put((times, np.int32(steps)), mesh.replicated(drawer.devices))

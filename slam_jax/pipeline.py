@@ -19,7 +19,17 @@ from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
 from slam_jax.nets import clip, unet, vae
 from slam_jax.shapes import (
-    Coeff, Conditioning, Guidance, Image, Latent, Moments, Pixels, PRNGKey, SDXLText, Time, Timestep,
+    Coeff,
+    Conditioning,
+    Guidance,
+    Image,
+    Latent,
+    Moments,
+    Pixels,
+    PRNGKey,
+    SDXLText,
+    Time,
+    Timestep,
 )  # fmt: skip
 from slam_jax.weights import pretrained
 
@@ -248,31 +258,10 @@ def few_step(
 ) -> Callable[..., Image]:  # fmt: skip
     """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1]."""
     times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size)
-    draw = any_steps(student, decode, schedule, prediction)
 
     def sample(params: Params, vae_params: Params, text: Conditioning, noise) -> Image:
-        return draw(params, vae_params, text, noise, times)
-
-    return sample
-
-
-def any_steps(
-    student: Callable, decode: Callable, schedule: Schedule, prediction: Prediction
-) -> Callable[..., Image]:
-    """(student_params, vae_params, text, noise [S, B, h, w, C], times [S]) -> images in [0, 1].
-
-    The sixth argument, scaled latents, is where image to image starts. The seventh is how many of
-    the times are visited: one program for any number up to S.
-    """
-
-    def sample(
-        params: Params, vae_params: Params, text: Conditioning, noise, times,
-        start: Latent | None = None, count: Array | None = None,
-    ) -> Image:  # fmt: skip
         net = partial(student, params)
-        x_0 = sampler.consistency_sample(
-            net, schedule, prediction, times, noise, text, start, count
-        )
+        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text)
         return decode(vae_params, x_0)
 
     return sample

@@ -24,6 +24,14 @@ PROMPTS = ["a red circle above a blue square", "a cat", "an orange cross"]
 STEPS = 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The user's cache folder: what several tests draw with is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLAM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module", params=["tiny_folder", "tiny_sdxl_folder"])
 def teacher_folder(request):
     return request.getfixturevalue(request.param)

@@ -22,6 +22,13 @@ def few_step_times(
     Taken from the grid it was trained on, `original_steps` times ending at the last. strength in
     (0, 1]: the share of that grid, from its clean end, in which they lie: 1 starts at pure noise.
     """
+    return jnp.asarray(host_times(num_steps, original_steps, num_timesteps, strength))
+
+
+def host_times(
+    num_steps: int, original_steps: int, num_timesteps: int, strength: float
+) -> Int[np.ndarray, "S"]:
+    """The same as numpy's array, for who compiles nothing for so many steps."""
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength} is a share of the noise; choose in (0, 1]")
     usable = int(original_steps * strength)
@@ -32,7 +39,7 @@ def few_step_times(
         )
     skipped = np.floor(np.linspace(0, usable, num_steps, endpoint=False))
     spacing = num_timesteps // original_steps
-    return jnp.asarray((spacing * (usable - skipped) - 1).astype(np.int32))
+    return (spacing * (usable - skipped) - 1).astype(np.int32)
 
 
 def ddim_times(
