@@ -45,6 +45,7 @@ class Drawer:
     model: pretrained.Pretrained  # its parameters on the devices
     tokens: text_inputs.Tokenizers
     image_size: tuple[int, int]  # height and width, pixels
+    latent_shape: tuple[int, int, int]
     dtype: str
     devices: Mesh
     is_student: bool
@@ -72,10 +73,14 @@ def start(
         for name, part in model._asdict().items()
         if isinstance(part, pretrained.Component)
     }
+    height, width = trained_size(model) if image_size is None else image_size
+    factor = pipeline.pixels_per_latent(model)
+    channels = unet.from_config(model.unet.config).in_channels
     return Drawer(
         model=model._replace(**placed),
         tokens=text_inputs.read(model.tokenizer, model.tokenizer_2),
-        image_size=trained_size(model) if image_size is None else image_size,
+        image_size=(height, width),
+        latent_shape=(height // factor, width // factor, channels),
         dtype=dtype,
         devices=devices,
         is_student=students.is_student(model),
@@ -116,8 +121,8 @@ def pictures(
 def prepare(drawer: Drawer, batch_sizes: Iterable[int] = BATCH_SIZES, steps: int = 4) -> None:
     """Compiles what so many pictures at once need, or reads it from the user's cache folder."""
     for size in batch_sizes:
-        # Prompts as many as pictures, so that they are encoded in one batch.
-        pictures(drawer, [str(number) for number in range(size)], [0] * size, steps)
+        # As many prompts, none of which was there before, so that they are encoded in one batch.
+        pictures(drawer, [f"{size}.{number}" for number in range(size)], [0] * size, steps)
 
 
 def most_at_once(drawer: Drawer) -> int:
@@ -171,22 +176,21 @@ def _guided(drawer: Drawer, text, noise: Seeds | Noise, steps: int, w: float) ->
 
 
 def _run(drawer: Drawer, build: Callable, given: tuple, text, *arguments) -> Drawn:
-    factor = pipeline.pixels_per_latent(drawer.model)
-    channels = unet.from_config(drawer.model.unet.config).in_channels
-    latent_shape = (*(side // factor for side in drawer.image_size), channels)
     params = (drawer.model.unet.params, drawer.model.vae.params)
-    return _program(drawer, build, (latent_shape, *given), *params, text, *arguments)
+    return _program(drawer, build, (drawer.latent_shape, *given), params, text, *arguments)
 
 
-def _program(drawer: Drawer, build: Callable, given: tuple, *arguments) -> Any:
+def _program(drawer: Drawer, build: Callable, given: tuple, params: tuple, *arguments) -> Any:
     """The result of the program that `build` makes, compiled if it was not yet for such shapes."""
     leaves, tree = jax.tree.flatten(arguments)
     key = (build, given, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     with drawer.lock:
         if key not in drawer.programs:
             bare = drawing_programs.without_params(drawer.model)
-            drawer.programs[key] = executables.load(build, (bare, drawer.dtype, *given), *arguments)
-    return drawer.programs[key](*arguments)
+            drawer.programs[key] = executables.load(
+                build, (bare, drawer.dtype, *given), *params, *arguments
+            )  # fmt: skip
+    return drawer.programs[key](*params, *arguments)
 
 
 def memory(drawer: Drawer) -> int:
@@ -209,7 +213,7 @@ def _texts(drawer: Drawer, prompts: Sequence[str]) -> list:
             fill = partial(_filled, _batch_size(drawer, len(new)))
             chosen = fill({name: each[list(new.values())] for name, each in tokens.items()})
             chosen = jax.device_put(chosen, mesh.rows_sharding(drawer.devices))
-            params = pipeline.text_params(drawer.model)
+            params = (pipeline.text_params(drawer.model),)
             found = jax.device_get(_program(drawer, drawing_programs.text, (), params, chosen))
             for i, key in enumerate(new):
                 drawer.texts[key] = jax.tree.map(lambda each, i=i: each[i], found)
@@ -224,7 +228,7 @@ def _texts(drawer: Drawer, prompts: Sequence[str]) -> list:
 def _null_text(drawer: Drawer) -> Any:
     tokens = drawer.tokens.encode([""], drawer.image_size)
     empty = jax.device_put(tokens, mesh.replicated(drawer.devices))
-    params = pipeline.text_params(drawer.model)
+    params = (pipeline.text_params(drawer.model),)
     return _program(drawer, drawing_programs.null_text, (), params, empty)
 
 
