@@ -54,18 +54,21 @@ def time_pictures(options: argparse.Namespace) -> None:
                 seconds(drawer, [f"{batch} {steps} {repeat} {i}" for i in range(batch)], steps)
                 for repeat in range(options.repeats)
             ]
+            wall, processor = (
+                [1e3 * each for each in column] for column in zip(*taken, strict=True)
+            )
             print(
-                f"{device}, batch {batch}, {steps} steps: {1e3 * statistics.median(taken):.1f} ms "
-                f"(fastest {1e3 * min(taken):.1f}, slowest {1e3 * max(taken):.1f})"
+                f"{device}, batch {batch}, {steps} steps: {statistics.median(wall):.1f} ms ("
+                f"fastest {min(wall):.1f}; {statistics.median(processor):.1f} ms of processor)"
             )
         print(f"batch {batch}: {interactive.memory(drawer) / 2**20:.1f} MiB")
 
 
-def seconds(drawer: interactive.Drawer, prompts: list[str], steps: int) -> float:
-    """That pictures of prompts, which are encoded first, take."""
-    started = time.perf_counter()
+def seconds(drawer: interactive.Drawer, prompts: list[str], steps: int) -> tuple[float, float]:
+    """That pictures of prompts, which are encoded first, take: in all, and of processors."""
+    started, before = time.perf_counter(), time.process_time()
     interactive.pictures(drawer, prompts, [0] * len(prompts), steps)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - before
 
 
 def time_starts(model: str, steps: int, count: int) -> None:
