@@ -196,11 +196,12 @@ def _program(drawer: Drawer, build: Callable, given: tuple, params: tuple, *argu
 def memory(drawer: Drawer) -> int:
     """Bytes on each device that the largest program so far needs, parameters included."""
     found = (program.memory_analysis() for program in drawer.programs.values())
-    return max(
+    needed = (
         each.argument_size_in_bytes + each.output_size_in_bytes + each.temp_size_in_bytes
         + each.generated_code_size_in_bytes
         for each in found
     )  # fmt: skip
+    return max(needed, default=0)
 
 
 def _texts(drawer: Drawer, prompts: Sequence[str]) -> list:

@@ -158,9 +158,14 @@ def test_a_teacher_takes_any_guidance_without_being_compiled(tiny_folder):
     assert not any(counts.values()) and (first != second).any()
 
 
-def test_its_memory_is_that_of_parameters_and_more(drawer):
-    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(drawer.model.unet.params))
-    assert parameters < interactive.memory(drawer) < 10 * parameters + 2**27
+def test_memory_is_known_of_programs_from_files_too(drawer, folder):
+    interactive.prepare(drawer, [1])
+    again = interactive.start(pretrained.find(folder))
+    assert interactive.memory(again) == 0
+    interactive.prepare(again, [1])
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(drawer.model.unet.params)) < (
+        interactive.memory(again)
+    ) < 2**27  # fmt: skip
 
 
 def test_steps_that_the_student_lacks(drawer):
