@@ -1,12 +1,16 @@
 """Programs that answer a user's mistake with one line on stderr and exit status 2."""
 
+import contextlib
+import hashlib
 import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
 
+import jax
 from absl import app, flags, logging
 
+from slam_jax import kept
 from slam_jax.errors import Preempted, UserError
 
 # Exit status of a program that is to be started again; the launchers know it.
@@ -79,6 +83,7 @@ def _guarded(
     logging.set_verbosity(logging.FATAL)
     # What it had not begun of a failed save, Python would tell of below our own last line.
     warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+    _keep_compiled()
     status = 0
     try:
         main()
@@ -92,6 +97,18 @@ def _guarded(
     if status and leave is not None:
         leave(status)
     return status
+
+
+def _keep_compiled() -> None:
+    """Has JAX keep what took it over a second to compile, unless the user has set where."""
+    root = kept.folder()
+    if root is None or jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    place = root / "xla" / hashlib.sha256(kept.machine().encode()).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(place))
+        jax.config.update("jax_compilation_cache_max_size", kept.MOST)
 
 
 def warn_of_cut(prompts: list[str], cut: list[str], length: int) -> None:

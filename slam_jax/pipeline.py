@@ -21,6 +21,7 @@ from slam_jax.nets import clip, unet, vae
 from slam_jax.shapes import (
     Coeff,
     Conditioning,
+    Guidance,
     Image,
     Latent,
     Moments,
@@ -253,20 +254,14 @@ def pixels_per_latent(model: pretrained.Pretrained) -> int:
 
 def few_step(
     student: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
-    num_steps: int, original_steps: int, strength: float = 1.0,
+    num_steps: int, original_steps: int,
 ) -> Callable[..., Image]:  # fmt: skip
-    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1].
+    """(student_params, vae_params, text, noise [num_steps, B, h, w, C]) -> images in [0, 1]."""
+    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size)
 
-    A fifth argument, scaled latents, is where image to image starts; strength is the share of
-    noise that they are given.
-    """
-    times = sampler.few_step_times(num_steps, original_steps, schedule.alpha.size, strength)
-
-    def sample(
-        params: Params, vae_params: Params, text: Conditioning, noise, start: Latent | None = None
-    ) -> Image:
+    def sample(params: Params, vae_params: Params, text: Conditioning, noise) -> Image:
         net = partial(student, params)
-        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text, start)
+        x_0 = sampler.consistency_sample(net, schedule, prediction, times, noise, text)
         return decode(vae_params, x_0)
 
     return sample
@@ -274,7 +269,7 @@ def few_step(
 
 def ddim(
     teacher: Callable, decode: Callable, schedule: Schedule, prediction: Prediction,
-    num_steps: int, original_steps: int, w: float,
+    num_steps: int, original_steps: int, w: Guidance,
 ) -> Callable[..., Image]:  # fmt: skip
     """`guided` by DDIM at the times of a student that knows `original_steps` of them."""
     scheduler = {"original_inference_steps": original_steps}
@@ -283,7 +278,7 @@ def ddim(
 
 def guided(
     sampler_name: str, teacher: Callable, decode: Callable, schedule: Schedule,
-    prediction: Prediction, scheduler: Mapping, num_steps: int, w: float,
+    prediction: Prediction, scheduler: Mapping, num_steps: int, w: Guidance,
 ) -> Callable[..., Image]:  # fmt: skip
     """(teacher_params, vae_params, text, null_text, x_T) -> images in [0, 1].
 

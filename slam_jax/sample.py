@@ -14,16 +14,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, UInt8
 
-from slam_jax import command, pipeline, students
+from slam_jax import command, interactive, pipeline, students
 from slam_jax.data import image as image_file
-from slam_jax.data import text_inputs
-from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
-from slam_jax.evaluation import noise as image_noise
 from slam_jax.evaluation.noise import Noise
 from slam_jax.nets import unet
 from slam_jax.runtime import bucket, folder, images, log, mesh
@@ -61,12 +56,7 @@ _OUT = flags.DEFINE_string(
     allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
 
-_BATCH_SIZE = 16  # on each device
 _COLUMNS = 4
-_DEFAULT_W = 6.5
-_ORIGINAL_STEPS = 50
-# Apart from those of the images, whose numbers are the first keys.
-_POSTERIOR_STREAM = 2**32 - 1
 
 
 def main() -> None:
@@ -89,10 +79,10 @@ def _sample(model_name: str, prompts: list[str], out: Path) -> None:
     if _INIT_IMAGE.value is not None and not is_student:
         raise UserError(f"--init_image needs a few-step student, and {_MODEL.value} is none")
     steps = (4 if is_student else 50) if _STEPS.value is None else _STEPS.value
-    size, noise_of = _noise(_NOISE.value, model, steps, len(prompts), _SEED.value)
-    image = _init_image(_INIT_IMAGE.value, size)
-    draw = _few_step(model, steps) if is_student else _ddim(model, steps, _W.value)
-    _save(out, _draw_all(draw, model, prompts, size, noise_of, image), prompts, steps)
+    size, noise_of = _noise(_NOISE.value, model, steps, len(prompts))
+    picture = _init_image(_INIT_IMAGE.value, size)
+    drawer = interactive.start(model, size, devices=mesh.make((("data", -1),)))
+    _save(out, _draw_all(drawer, prompts, steps, noise_of, picture), prompts, steps)
 
 
 def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
@@ -121,26 +111,18 @@ def _file_and_scale(value: str) -> tuple[Path, float]:
 
 
 def _noise(
-    path: str | None, model: pretrained.Pretrained, steps: int, count: int, seed: int
-) -> tuple[tuple[int, int], Callable[[np.ndarray], Noise]]:
-    """Height and width of images, and (their numbers) -> noise.
-
-    From the file, or normal, from (seed, number) alone, so that batches do not matter.
-    """
-    channels, factor = (
-        unet.from_config(model.unet.config).in_channels,
+    path: str | None, model: pretrained.Pretrained, steps: int, count: int
+) -> tuple[tuple[int, int], Callable[[np.ndarray], interactive.Seeds | Noise]]:
+    """Height and width of images, and (their numbers) -> noise, or what it is drawn from."""
+    if path is None:
+        return interactive.trained_size(model), _seeds
+    channels = unet.from_config(model.unet.config).in_channels
+    noise, factor = (
+        _read_noise(path, (steps, count, channels)),
         pipeline.pixels_per_latent(model),
     )
-    if path is not None:
-        noise = _read_noise(path, (steps, count, channels))
-        size = (factor * noise.shape[2], factor * noise.shape[3])
-        return size, partial(np.take, noise, axis=1)
-    size = {"sample_size": None, **model.unet.config}["sample_size"]
-    if size is None:
-        raise UserError(f"{_MODEL.value}/unet/config.json lacks sample_size; give --noise")
-    height, width = (size, size) if isinstance(size, int) else size
-    noise_of = image_noise.of_images(seed, steps, (height, width, channels))
-    return (factor * height, factor * width), noise_of
+    size = (factor * noise.shape[2], factor * noise.shape[3])
+    return size, partial(np.take, noise, axis=1)
 
 
 def _read_noise(path: str, expected: tuple[int, int, int]) -> Noise:
@@ -159,89 +141,31 @@ def _read_noise(path: str, expected: tuple[int, int, int]) -> Noise:
     return noise.astype(np.float32)
 
 
-def _few_step(model: pretrained.Pretrained, steps: int) -> Callable:
-    """(unet_params, vae_params, text, null_text, noise, image, keys) -> images.
-
-    image: None, or uint8 [1, H, W, 3] to start from; keys, one an image, draw its latents.
-    """
-    original = {"original_inference_steps": _ORIGINAL_STEPS, **model.scheduler}
-    strength = 1.0 if _INIT_IMAGE.value is None else _STRENGTH.value
-    sample = pipeline.few_step(
-        pipeline.student(model.unet.config, np.float32, remat=False),
-        *_shared(model), steps, original["original_inference_steps"], strength,
-    )  # fmt: skip
-    encode = pipeline.encode_image(model.vae.config, np.float32)
-
-    def draw(unet_params, vae_params, text, null_text, noise, image, keys):
-        del null_text
-        start = image
-        if image is not None:
-            start = jax.vmap(lambda key: encode(vae_params, {"image": image}, key)[0])(keys)
-        return sample(unet_params, vae_params, text, noise, start)
-
-    return draw
-
-
-def _ddim(model: pretrained.Pretrained, steps: int, w: float | None) -> Callable:
-    """(unet_params, vae_params, text, null_text, noise, None, keys) -> images."""
-    sample = pipeline.ddim(
-        pipeline.teacher(model.unet.config, np.float32), *_shared(model),
-        steps, _ORIGINAL_STEPS, _DEFAULT_W if w is None else w,
-    )  # fmt: skip
-
-    def draw(unet_params, vae_params, text, null_text, noise, image, keys):
-        del image, keys
-        return sample(unet_params, vae_params, text, null_text, noise[0])
-
-    return draw
-
-
-def _shared(model: pretrained.Pretrained) -> tuple:
-    return (
-        pipeline.decode(model.vae.config, np.float32),
-        schedule.from_config(model.scheduler),
-        parameterization.prediction_from_config(model.scheduler),
-    )
-
-
 def _draw_all(
-    draw: Callable,
-    model: pretrained.Pretrained,
-    prompts: list[str],
-    image_size: tuple[int, int],
-    noise_of: Callable[[np.ndarray], Noise],
-    image: UInt8[np.ndarray, "1 H W 3"] | None,
-) -> Iterator[Float[np.ndarray, "B H W 3"]]:
-    """Batch by batch over all devices, the last one filled up, so that it compiles once."""
-    tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
-    command.warn_of_cut(prompts, tokens.cut(prompts), tokens.first.length)
-    encoded = tokens.encode(prompts, image_size)
-    devices = mesh.make((("data", -1),))
-    params = (model.unet.params, model.vae.params, pipeline.text_params(model))
-    (unet_params, vae_params, text_params), image = jax.device_put(
-        (params, image), mesh.replicated(devices)
-    )
-    encode_text = jax.jit(pipeline.encode_text(model, np.float32))
-    encode_null_text = jax.jit(pipeline.encode_null_text(model, np.float32))
-    null_text = encode_null_text(text_params, tokens.encode([""], image_size))
-    posterior_key = jax.random.fold_in(jax.random.key(_SEED.value), _POSTERIOR_STREAM)
-
-    draw = jax.jit(draw)
-    size = devices.size * min(_BATCH_SIZE, -(-len(prompts) // devices.size))
-    rows, columns = (NamedSharding(devices, P(*axes)) for axes in (("data",), (None, "data")))
+    drawer: interactive.Drawer, prompts: list[str], steps: int,
+    noise_of: Callable[[np.ndarray], interactive.Seeds | Noise],
+    picture: UInt8[np.ndarray, "1 H W 3"] | None,
+) -> Iterator[Float[np.ndarray, "B H W 3"]]:  # fmt: skip
+    """Batch by batch over all devices."""
+    command.warn_of_cut(prompts, drawer.tokens.cut(prompts), drawer.tokens.first.length)
+    size = interactive.most_at_once(drawer)
+    w = interactive.DEFAULT_W if _W.value is None else _W.value
     with log.bar(0, len(prompts)) as progress, log.phase(progress, "drawing"):
         for first in range(0, len(prompts), size):
-            numbers = np.arange(first, first + size)
-            chosen = numbers % len(prompts)
-            text = encode_text(
-                text_params, jax.device_put({k: v[chosen] for k, v in encoded.items()}, rows)
-            )
-            noise = jax.device_put(noise_of(chosen), columns)
-            keys = image_noise.keys(posterior_key, chosen)
-            drawn = draw(unet_params, vae_params, text, null_text, noise, image, keys)
-            count = min(size, len(prompts) - first)
-            progress.bar.update(count)
-            yield jax.device_get(drawn)[:count]
+            numbers = np.arange(first, min(first + size, len(prompts)))
+            begin = picture if picture is None else interactive.Start(picture, _seeds(numbers))
+            drawn = interactive.draw(
+                drawer, prompts[first : first + size], noise_of(numbers), steps, w, begin,
+                1.0 if begin is None else _STRENGTH.value,
+            )  # fmt: skip
+            progress.bar.update(len(numbers))
+            yield jax.device_get(drawn.images)[: len(numbers)]
+
+
+def _seeds(numbers: np.ndarray) -> interactive.Seeds:
+    """Of images of those numbers."""
+    seed = np.full(numbers.shape, _SEED.value % 2**32, np.uint32)
+    return interactive.Seeds(seed, numbers.astype(np.uint32))
 
 
 def _init_image(

@@ -20,6 +20,7 @@ TokenIds = Int[Array, "B L"]
 Text = Float[Array, "B L D"]
 PerExample = Float[Array, "B"]
 PRNGKey = Key[Array, ""]
+Guidance = float | Float[Array, ""]  # w, where 0 is the conditional prediction alone
 
 
 class SDXLText(NamedTuple):

@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Most of the tests' time goes into compiling: a quarter less so.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What programs keep between runs would hide what they do the first time.
+os.environ.setdefault("SLAM_JAX_CACHE", "")
 # Its threads spin while they wait, and other processes want the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

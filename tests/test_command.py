@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import jax
+import pytest
+
 from slam_jax import command
 
 FAILS_WITH_WORK_LEFT_OVER = """
@@ -41,3 +44,24 @@ def test_an_error_is_the_last_line():
     command = [sys.executable, "-c", FAILS_WITH_WORK_LEFT_OVER]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (2, "error: this\n")
+
+
+@pytest.mark.parametrize("chosen", [None, "theirs"])
+def test_what_jax_compiles_is_kept_where_the_user_has_it_or_in_our_folder(
+    chosen, tmp_path, monkeypatch
+):
+    settings = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: jax.config.values[name] for name in settings}
+    monkeypatch.setenv("SLAM_JAX_CACHE", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    try:
+        command._keep_compiled()
+        where, most = (jax.config.values[name] for name in settings)
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    if chosen:
+        assert where == chosen
+    else:
+        assert (tmp_path / "xla").is_dir() and where.startswith(f"{tmp_path}/xla/")
+        assert 2**30 <= most < 2**34

@@ -14,7 +14,7 @@ from diffusers.schedulers import scheduling_lcm
 from jax.sharding import Mesh
 from PIL import Image
 
-from slam_jax import sample, students
+from slam_jax import drawing_programs, interactive, sample, students
 from slam_jax.nets import lora as lora_tree
 from slam_jax.runtime import mesh
 from slam_jax.weights import lora, pretrained
@@ -22,6 +22,14 @@ from slam_jax.weights import student as student_folder
 
 PROMPTS = ["a red circle above a blue square", "a cat", "an orange cross"]
 STEPS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """The user's cache folder: what several tests draw with is compiled once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLAM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module", params=["tiny_folder", "tiny_sdxl_folder"])
@@ -49,7 +57,7 @@ def noise(tmp_path):
 def _run(tmp_path, monkeypatch, *arguments):
     """The program's images from files of prompts and noise, in batches of 2."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    monkeypatch.setattr(sample, "_BATCH_SIZE", 2)
+    monkeypatch.setattr(interactive, "BATCH_SIZES", (1, 2))
     flags.FLAGS([
         "sample", f"--prompts={tmp_path}/prompts.txt", f"--noise={tmp_path}/noise.npy",
         f"--out={tmp_path}/out.npy", f"--steps={STEPS}", *arguments,
@@ -126,15 +134,6 @@ def test_teacher_images_equal_diffusers_ddim(teacher_folder, noise, tmp_path, mo
     np.testing.assert_allclose(drawn, theirs, atol=2e-4)
 
 
-def test_noise_of_an_image_depends_on_seed_and_number_alone(tiny_folder):
-    model = pretrained.read(tiny_folder)
-    size, noise_of = sample._noise(None, model, STEPS, 5, seed=1)
-    many, few = noise_of(np.arange(5)), noise_of(np.array([3, 1]))
-    assert size == (32, 32) and many.shape == (STEPS, 5, 16, 16, 4)
-    np.testing.assert_array_equal(few, many[:, [3, 1]])
-    assert np.abs(few[:, 0] - few[:, 1]).max() > 0.1
-
-
 # diffusers has no such pipeline for SDXL.
 @pytest.mark.parametrize("teacher_folder", ["tiny_folder"], indirect=True)
 def test_image_to_image_equals_diffusers(student, noise, tmp_path, monkeypatch):
@@ -145,7 +144,7 @@ def test_image_to_image_equals_diffusers(student, noise, tmp_path, monkeypatch):
         "--strength=0.6",
     )  # fmt: skip
 
-    key = jax.random.fold_in(jax.random.key(0), sample._POSTERIOR_STREAM)
+    key = jax.random.fold_in(jax.random.key(0), drawing_programs._POSTERIOR_STREAM)
     posterior_noise = [
         jax.random.normal(jax.random.fold_in(key, number), (1, 16, 16, 4)) for number in range(3)
     ]

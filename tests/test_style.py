@@ -264,12 +264,15 @@ ZERO = {"errors", "shapes", "page"}
 BELOW = {
     **dict.fromkeys(("errors", "shapes", "page", "__init__"), set()),
     **dict.fromkeys(("diffusion", "nets", "data", "runtime", "metrics"), ZERO),
-    **dict.fromkeys(("command", "settings", "flops"), ZERO),
+    **dict.fromkeys(("kept", "settings", "flops"), ZERO),
+    "command": ZERO | {"kept"},
     "distill": ZERO | {"diffusion"},
-    "weights": ZERO | {"nets"},
+    "weights": ZERO | {"nets", "kept"},
     "pipeline": ZERO | {"diffusion", "nets", "distill", "weights"},
     "students": ZERO | {"diffusion", "nets", "weights"},
 }
+BELOW["runtime"] = ZERO | {"kept"}
+BELOW["drawing_programs"] = ZERO | {"diffusion", "pipeline", "weights"}
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
 BELOW["evaluation"] = set(BELOW) - {"__init__", "experiment", "distill"}
 BELOW["run_report"] = ZERO | {"evaluation", "runtime"}
@@ -277,6 +280,7 @@ DRIVERS = ("train", "sample", "evaluate", "export", "prepare", "dry_run", "repor
 BELOW["program"] = BELOW["experiment"] | {"experiment", "runtime"}
 BELOW["arguments"] = BELOW["trained"] = BELOW["program"]
 BELOW["forecast"] = ZERO | {"runtime"}
+BELOW["interactive"] = set(BELOW) - {"__init__", "experiment", "program"}
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
 BELOW["dry_run"] = BELOW["dry_run"] | {"program", "arguments", "forecast"}

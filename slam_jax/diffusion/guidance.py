@@ -11,14 +11,14 @@ from jaxtyping import Array, Float, Shaped
 
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
-from slam_jax.shapes import Coeff, Conditioning, Latent, SDXLText, Time, Timestep
+from slam_jax.shapes import Coeff, Conditioning, Guidance, Latent, SDXLText, Time, Timestep
 
 # What is guided away from: one for each example, or one for all.
 NullText = Float[Array, "#B L D"] | SDXLText
 
 
 def cfg(
-    cond: Shaped[Array, "*shape"], uncond: Shaped[Array, "*shape"], w: float
+    cond: Shaped[Array, "*shape"], uncond: Shaped[Array, "*shape"], w: Guidance
 ) -> Shaped[Array, "*shape"]:
     """cond + w (cond - uncond); w = 0 is conditional only (METHOD.md §1.8)."""
     return cond + w * (cond - uncond)
@@ -30,7 +30,7 @@ def guided(
     t: Timestep,
     text: Conditioning,
     null_text: NullText,
-    w: float,
+    w: Guidance,
     schedule: Schedule,
     prediction: Prediction,
 ) -> tuple[Latent, Latent]:
@@ -47,7 +47,7 @@ def guided_at(
     t: Time,
     text: Conditioning,
     null_text: NullText,
-    w: float,
+    w: Guidance,
     alpha: Coeff,
     sigma: Coeff,
     prediction: Prediction,

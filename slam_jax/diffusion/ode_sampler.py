@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Real
 from slam_jax.diffusion import guidance, solver, spacing
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
-from slam_jax.shapes import Conditioning, Latent, Time
+from slam_jax.shapes import Conditioning, Guidance, Latent, Time
 
 # With zero terminal SNR diffusers takes this alpha for the last time, where it is none.
 _LEAST_ALPHA = 2.0**-12
@@ -55,7 +55,7 @@ def sample(
     x_T: Latent,
     text: Conditioning,
     null_text: guidance.NullText,
-    w: float,
+    w: Guidance,
 ) -> Latent:
     """From standard normal x_T along the path to x_0; w = 0 is conditional only."""
     batch = x_T.shape[0]

@@ -22,6 +22,13 @@ def few_step_times(
     Taken from the grid it was trained on, `original_steps` times ending at the last. strength in
     (0, 1]: the share of that grid, from its clean end, in which they lie: 1 starts at pure noise.
     """
+    return jnp.asarray(host_times(num_steps, original_steps, num_timesteps, strength))
+
+
+def host_times(
+    num_steps: int, original_steps: int, num_timesteps: int, strength: float
+) -> Int[np.ndarray, "S"]:
+    """The same as numpy's array, for who compiles nothing for so many steps."""
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength} is a share of the noise; choose in (0, 1]")
     usable = int(original_steps * strength)
@@ -32,7 +39,7 @@ def few_step_times(
         )
     skipped = np.floor(np.linspace(0, usable, num_steps, endpoint=False))
     spacing = num_timesteps // original_steps
-    return jnp.asarray(spacing * (usable - skipped) - 1, jnp.int32)
+    return (spacing * (usable - skipped) - 1).astype(np.int32)
 
 
 def ddim_times(
@@ -57,12 +64,14 @@ def consistency_sample(
     noise: Float[Array, "S B h w C"],
     text: Conditioning,
     start: Latent | None = None,
+    count: Int[Array, ""] | None = None,
 ) -> Latent:
     """Multistep consistency sampling with gamma = 1 (METHOD.md §4) -> x_0; no guidance.
 
     net(x, t, text, gamma) is the raw network. noise[0] is where sampling starts, noise[i] the
     fresh noise with which step i begins. start: a latent to begin from, noised to times[0],
-    instead of from noise alone (image to image).
+    instead of from noise alone (image to image). count: how many of the times are visited, the
+    others being there for the sake of their number alone; all unless given.
     """
     batch = noise.shape[1]
     gamma = jnp.ones((batch, 1, 1, 1))
@@ -78,8 +87,13 @@ def consistency_sample(
         start, levels = jnp.zeros_like(noise[0]), _levels(schedule, times)
     else:
         levels = schedule.alpha[times], schedule.sigma[times]
-    x_0, _ = jax.lax.scan(step, start, (times, *levels, noise))
-    return x_0
+    inputs = (times, *levels, noise)
+    if count is None:
+        x_0, _ = jax.lax.scan(step, start, inputs)
+        return x_0
+    return jax.lax.fori_loop(
+        0, count, lambda i, x_0: step(x_0, jax.tree.map(lambda each: each[i], inputs))[0], start
+    )
 
 
 def ddim_sample(

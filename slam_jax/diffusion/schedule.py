@@ -57,6 +57,11 @@ def from_config(scheduler: Mapping) -> Schedule:
     )
 
 
+def num_timesteps(scheduler: Mapping) -> int:
+    """How many times that schedule has; UserError as from_config raises it."""
+    return _betas({**_DIFFUSERS_DEFAULTS, **scheduler}).size
+
+
 def _betas(settings: Mapping) -> np.ndarray:
     """Noise added at each training time, float64 [T]; names as in diffusers' schedulers."""
     if settings["trained_betas"] is not None:

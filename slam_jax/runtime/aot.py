@@ -66,6 +66,8 @@ def devices(topology: str) -> list[jax.Device]:
         os.environ.setdefault(name, value)
     # Whatever accelerator is here has no part in it.
     jax.config.update("jax_platforms", "cpu")
+    # Of what is compiled for them only the figures are kept.
+    jax.config.update("jax_enable_compilation_cache", False)
     if not _version("libtpu"):
         raise UserError(
             f"--topology {topology} needs the package libtpu, which compiles for TPUs on any Linux "

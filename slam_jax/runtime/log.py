@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from slam_jax.runtime import hosts
@@ -36,7 +35,7 @@ class Log(NamedTuple):
     """The open ends: the metrics file, the TensorBoard writer and the progress."""
 
     lines: TextIO
-    events: SummaryWriter
+    events: Any  # tensorboardX.SummaryWriter
     progress: Progress
     bad: TextIO
     counts: collections.Counter[str]  # since the last line
@@ -59,6 +58,9 @@ def bar(step: int, num_steps: int) -> Iterator[Progress]:
 def started(workdir: Path, step: int, progress: Progress) -> Iterator[Log]:
     """The log of a run that stands at `step`; later lines, and a half-written one, are cut off."""
     host, num_hosts = hosts.part()
+    # Imported here, since it takes seconds where torch is installed, and few programs log.
+    from tensorboardX import SummaryWriter
+
     metrics = workdir / METRICS if host == 0 else Path(os.devnull)
     bad_samples = workdir / _bad_samples_name(host)
     left = (path for path in workdir.glob("bad_samples.*.jsonl") if _host(path) >= num_hosts)

@@ -1,12 +1,15 @@
 """The parameters' names, shapes and order for a config, without any being made."""
 
 import functools
+import json
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
+from slam_jax import kept
 from slam_jax.nets import classifier, clip, clip_image, inception, unet, vae
 from slam_jax.shapes import SDXLText
 
@@ -53,9 +56,18 @@ def of_inception() -> dict:
 # Tracing takes seconds, and one process reads several folders of one shape.
 @functools.cache
 def _shapes(net: nn.Module, *inputs: jax.ShapeDtypeStruct | SDXLText | None) -> dict:
-    return jax.eval_shape(
-        lambda *inputs: net.init(jax.random.key(0), *inputs), *inputs
-    )["params"]  # fmt: skip
+    key = kept.key("shapes", str(net), str(inputs), str(jax.config.jax_enable_x64))
+    content = kept.read("shapes", key)
+    if content is not None:
+        return traverse_util.unflatten_dict({
+            tuple(path): jax.ShapeDtypeStruct(shape, dtype)
+            for path, shape, dtype in json.loads(content)
+        })  # fmt: skip
+    shapes = jax.eval_shape(lambda *inputs: net.init(jax.random.key(0), *inputs), *inputs)["params"]
+    leaves = traverse_util.flatten_dict(shapes)
+    listed = [(path, leaf.shape, leaf.dtype.name) for path, leaf in leaves.items()]
+    kept.write("shapes", key, json.dumps(listed).encode())
+    return shapes
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,103 @@
+"""Programs that are traced and compiled once for all processes on machines of one kind."""
+
+import contextlib
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+from jax.experimental.compilation_cache import compilation_cache
+
+from slam_jax import kept
+from slam_jax.errors import UserError
+
+# JAX's own cache of executables has one folder for the whole process, which is borrowed.
+_LOCK = threading.Lock()
+_SUFFIX = "-cache"  # of JAX's files with executables
+# Where JAX keeps and tells things, which changes no program.
+_ASIDE = re.compile(r"jax_.*(cache|log|dump|profile|traceback).*")
+_SETTINGS = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_compilation_cache_max_size": -1,
+    # Of theirs the names would be part of the key.
+    "jax_persistent_cache_enable_xla_caches": "none",
+}
+
+
+def load(build: Callable[..., Callable], given: tuple, *arguments: Any) -> jax.stages.Compiled:
+    """The program build(*given), a function of arrays, compiled for the shapes of the arguments.
+
+    build: a function of a module, whose result depends on `given` alone. given: values that JSON
+    can hold. arguments: trees of arrays on their devices. What is kept of it (kept.py) is found
+    again if all that it depends on is the same: build's name, given, arguments' shapes and
+    places, this package's code, the versions of JAX, its settings, XLA's flags, and the machine's
+    kind. Whatever is absent or damaged is made anew.
+    """
+    if kept.folder() is None:
+        return jax.jit(build(*given)).lower(*arguments).compile()
+    key = _key(build, given, arguments)
+    content = kept.read("programs", key)
+    if content is None:
+        try:
+            exported = export.export(jax.jit(build(*given)))(*arguments)
+        except UserError:
+            raise
+        except ValueError:
+            # It calls what this accelerator alone knows, of which JAX promises no permanence.
+            return jax.jit(build(*given)).lower(*arguments).compile()
+        kept.write("programs", key, bytes(exported.serialize()))
+    else:
+        exported = export.deserialize(bytearray(content))
+    return _compiled(key, exported, arguments)
+
+
+def _key(build: Callable[..., Callable], given: tuple, arguments: tuple) -> str:
+    leaves, tree = jax.tree.flatten(arguments)
+    device = jax.devices()[0]
+    settings = {k: v for k, v in jax.config.values.items() if not _ASIDE.fullmatch(k)}
+    return kept.key(
+        f"{build.__module__}.{build.__qualname__}", given, str(tree),
+        [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves],
+        [device.platform, device.device_kind, device.client.platform_version, jax.device_count()],
+        kept.machine(), settings, [os.environ.get(k) for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
+    )  # fmt: skip
+
+
+def _compiled(key: str, exported: export.Exported, arguments: tuple) -> jax.stages.Compiled:
+    """By XLA, or read from the file that JAX's cache had it in."""
+    before = kept.read("executables", key)
+    with _LOCK, tempfile.TemporaryDirectory() as folder:
+        name = b""
+        if before is not None:
+            name, _, content = before.partition(b"\n")
+            (Path(folder) / name.decode()).write_bytes(content)
+        with _cache_in(folder):
+            compiled = jax.jit(exported.call).lower(*arguments).compile()
+        new = [path for path in Path(folder).glob("*" + _SUFFIX) if path.name != name.decode()]
+        if len(new) == 1:
+            kept.write("executables", key, new[0].name.encode() + b"\n" + new[0].read_bytes())
+    return compiled
+
+
+@contextlib.contextmanager
+def _cache_in(folder: str) -> Iterator[None]:
+    """JAX's cache of executables lies there meanwhile, and takes every one."""
+    settings = {**_SETTINGS, "jax_compilation_cache_dir": folder}
+    before = {name: jax.config.values[name] for name in settings}
+    _configure(settings)
+    try:
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
