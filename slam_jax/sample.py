@@ -2,8 +2,10 @@
 
     python -m slam_jax.sample --model runs/tiny/student --steps 4 --out out.png \
         --prompt "a red circle above a blue square"
+    python -m slam_jax.sample --model ORG/NAME --prompts prompts.txt --out pictures
 """
 
+import io
 import itertools
 import json
 import math
@@ -268,7 +270,9 @@ def _save(
         return
     drawn = np.concatenate(list(batches))
     if out.suffix == ".npy":
-        np.save(out, drawn)
+        buffer = io.BytesIO()
+        np.save(buffer, drawn)
+        folder.write_atomic(out, buffer.getbuffer())
     else:
         folder.write_atomic(out, images.png(images.grid(_in_rows(drawn))))
 

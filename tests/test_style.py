@@ -264,7 +264,8 @@ ZERO = {"errors", "shapes"}
 BELOW = {
     **dict.fromkeys(("errors", "shapes", "__init__"), set()),
     **dict.fromkeys(("diffusion", "nets", "data", "runtime", "metrics"), ZERO),
-    **dict.fromkeys(("command", "settings", "flops"), ZERO),
+    **dict.fromkeys(("settings", "flops", "interrupt", "overrides", "__main__"), ZERO),
+    "command": ZERO | {"interrupt", "overrides"},
     "distill": ZERO | {"diffusion"},
     "weights": ZERO | {"nets"},
     "pipeline": ZERO | {"diffusion", "nets", "distill", "weights"},
@@ -278,6 +279,7 @@ BELOW["arguments"] = BELOW["trained"] = BELOW["program"]
 BELOW["forecast"] = ZERO | {"runtime"}
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
+BELOW["env"] = ZERO | {"command", "settings", "runtime"}
 BELOW["dry_run"] = BELOW["dry_run"] | {"program", "arguments", "forecast"}
 BELOW["main"] = set(BELOW) - {"__init__"}
 
