@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import tokenize
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,9 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if (prompt is None) == (path is None):
         raise UserError("give one of --prompt and --prompts")
     if path is None:
+        # What a shell passes on that is not UTF-8 comes as half characters.
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"--prompt {prompt!a} is not UTF-8")
         return [prompt]
     try:
         prompts = Path(path).read_text(encoding="utf-8").splitlines()
@@ -148,9 +152,14 @@ def _noise(
 def _read_noise(path: str, expected: tuple[int, int, int]) -> Noise:
     """The array in a file; UserError unless its steps, images and channels are those expected."""
     try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --noise {path}: {error}") from None
+        with open(path, "rb") as file:
+            noise = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, tokenize.TokenError) as error:
+        raise UserError(
+            f"cannot read --noise {path}: {error}; give what np.save writes of numbers"
+        ) from None
+    if noise.dtype.kind != "f":
+        raise UserError(f"--noise {path} is {noise.dtype}; save it as float32")
     steps, count, channels = expected
     shape = noise.shape
     if len(shape) != 5 or (shape[0], shape[1], shape[4]) != expected:
