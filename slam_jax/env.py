@@ -1,7 +1,7 @@
 """What a report of a bug should tell: versions, devices, memory and the config's hash.
 
-    python -m slam_jax.env
-    python -m slam_jax.env --config configs/tiny.py --config.distill.w=3
+python -m slam_jax.env
+python -m slam_jax.env --config configs/tiny.py --config.distill.w=3
 """
 
 import hashlib

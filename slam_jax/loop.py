@@ -134,8 +134,10 @@ def _steps(run: Run, now: TrainState, done: int, offset: int) -> TrainState:
                 checkpoint.check(run.checkpoints, partial(log.say, run.progress))
             if told:
                 saved = f"saved after step {number}; the same command goes on"
-                raise KeyboardInterrupt(saved) if interrupt.asked() else Preempted(
-                    f"told to end: {saved}"
+                raise (
+                    KeyboardInterrupt(saved)
+                    if interrupt.asked()
+                    else Preempted(f"told to end: {saved}")
                 )
     return now
 

@@ -98,14 +98,26 @@ def watched(folder: pathlib.Path) -> Iterator[None]:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 any_text = st.text(max_size=40) | st.lists(st.integers(0, sys.maxunicode), max_size=20).map(
     lambda codes: "".join(map(chr, codes))
 )
-PATHS = ["../../x", "/tmp/slam_jax_x", "..", ".", "", "a/../../b", "x\0y", "~/x", "C:\\x", "a" * 300]
+PATHS = [
+    "../../x",
+    "/tmp/slam_jax_x",
+    "..",
+    ".",
+    "",
+    "a/../../b",
+    "x\0y",
+    "~/x",
+    "C:\\x",
+    "a" * 300,
+]
 
 
 class Damage(NamedTuple):
