@@ -102,7 +102,6 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if (prompt is None) == (path is None):
         raise UserError("give one of --prompt and --prompts")
     if path is None:
-        # What a shell passes on that is not UTF-8 comes as half characters.
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UserError(f"--prompt {prompt!a} is not UTF-8")
         return [prompt]
@@ -155,16 +154,12 @@ def _read_noise(path: str, expected: tuple[int, int, int]) -> Noise:
         with open(path, "rb") as file:
             noise = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, tokenize.TokenError) as error:
-        raise UserError(
-            f"cannot read --noise {path}: {error}; give what np.save writes of numbers"
-        ) from None
-    if noise.dtype.kind != "f":
-        raise UserError(f"--noise {path} is {noise.dtype}; save it as float32")
+        raise UserError(f"cannot read --noise {path}: {error}; write it with np.save") from None
     steps, count, channels = expected
     shape = noise.shape
-    if len(shape) != 5 or (shape[0], shape[1], shape[4]) != expected:
+    if noise.dtype.kind != "f" or len(shape) != 5 or (shape[0], shape[1], shape[4]) != expected:
         raise UserError(
-            f"--noise {path} has shape {list(shape)}; {steps} steps and {count} prompts "
+            f"--noise {path} has {noise.dtype} {list(shape)}; {steps} steps and {count} prompts "
             f"need [{steps}, {count}, h, w, {channels}]"
         )
     return noise.astype(np.float32)

@@ -35,8 +35,8 @@ from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import BadSample, UserError
 from slam_jax.evaluation import store
 from slam_jax.runtime import mesh
-from slam_jax.weights import lora, lora_names, pretrained, tensorfile
 from slam_jax.weights import folder as model_folder
+from slam_jax.weights import lora, lora_names, pretrained, tensorfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCHEDULER = {
@@ -71,14 +71,19 @@ def _audit(event: str, arguments: tuple) -> None:
         return
     if event in _NEVER:
         _misdeeds.append(f"{event} {arguments}")
-    elif event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & _WRITES:
-        _check(event, arguments[0])
-    elif event in _CHANGES:
+    elif (
+        event == "open"
+        and isinstance(arguments[0], str | bytes)
+        and arguments[2] & _WRITES
+        or event in _CHANGES
+    ):
         _check(event, arguments[0])
 
 
-def _check(event: str, path: str | bytes) -> None:
-    if not os.path.abspath(os.fsdecode(path)).startswith(_allowed[-1]):
+def _check(event: str, path: str | bytes | int) -> None:
+    if not isinstance(path, int) and not os.path.abspath(os.fsdecode(path)).startswith(
+        _allowed[-1]
+    ):
         _misdeeds.append(f"{event} {path!r}")
 
 

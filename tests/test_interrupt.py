@@ -11,10 +11,12 @@ from slam_jax import interrupt
 # Says when it is ready; then is busy where Python hears nothing, as in XLA.
 PROGRAM = """
 import ctypes, sys, time
+
+what = sys.argv.pop()
 from slam_jax import command, errors, interrupt
 
 def main():
-    if sys.argv[1] == "saves":
+    if what == "saves":
         with interrupt.told_as_sigterm():
             import signal
             told = []
@@ -24,29 +26,27 @@ def main():
                 time.sleep(0.01)
             raise KeyboardInterrupt("saved after step 3") if interrupt.asked() else Exception
     print("ready", flush=True)
-    if sys.argv[1] == "busy":
+    if what == "busy":
         left, sleep = 20, ctypes.CDLL(None).sleep
         while left:
             left = sleep(left)
     time.sleep(20)
 
-command._parse = lambda argv, required: argv
 command.run(main, required=())
 """
 
 
 def _interrupted(what: str, times: int) -> tuple[int, str, float]:
     """(exit status, stderr, seconds that it took to end)."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, what], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    began = time.monotonic()
-    for _ in range(times):
-        os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.5)
-    _, err = process.communicate()
+    program = [sys.executable, "-c", PROGRAM, what]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, text=True, stdout=pipe, stderr=pipe) as process:
+        process.stdout.readline()
+        began = time.monotonic()
+        for _ in range(times):
+            os.kill(process.pid, signal.SIGINT)
+            time.sleep(0.5)
+        _, err = process.communicate()
     return process.returncode, err, time.monotonic() - began
 
 

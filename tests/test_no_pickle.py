@@ -18,7 +18,8 @@ LOADERS = {
     ("dill", "load"): None, ("joblib", "load"): None, ("cloudpickle", "load"): None,
     ("cloudpickle", "loads"): None, ("marshal", "loads"): None, ("shelve", "open"): None,
     ("yaml", "load"): None, ("yaml", "unsafe_load"): None, ("pandas", "read_pickle"): None,
-    ("torch", "load"): ("weights_only", "True"), ("format", "read_array"): ("allow_pickle", "False"),
+    ("torch", "load"): ("weights_only", "True"),
+    ("format", "read_array"): ("allow_pickle", "False"),
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ READERS = {
     "diffusion_pytorch_model.bin": lambda path: folder.find_tensors(
         path.parent, "diffusion_pytorch_model", None
     ),
-    "noise.npy": lambda path: sample._read_noise(str(path), (1,)),
+    "noise.npy": lambda path: sample._read_noise(str(path), (1, 1, 4)),
     "rows.npz": store.load,
 }
 
