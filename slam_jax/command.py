@@ -126,7 +126,7 @@ def _guarded(
         print(told, file=sys.stderr)
         return PREEMPTED  # all processes end so, and JAX has them wait for each other
     except KeyboardInterrupt as told:
-        print(f"interrupted: {told or _NOT_SAVED}", file=sys.stderr)
+        print(f"interrupted: {str(told) or _NOT_SAVED}", file=sys.stderr)
         if told.args:
             return interrupt.STATUS  # as above
         status = interrupt.STATUS
