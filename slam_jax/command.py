@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,11 +12,20 @@ from functools import partial
 import jax
 from absl import app, flags, logging
 
-from slam_jax import kept
+from slam_jax import interrupt, kept, overrides
 from slam_jax.errors import Preempted, UserError
 
 # Exit status of a program that is to be started again; the launchers know it.
 PREEMPTED = 42
+STATUSES = f"""
+exit status:
+  0    done
+  1    stopped: a bug, a host that was lost, or losses that stay infinite
+  2    a mistake of the user's: one line says which, and the remedy
+  {PREEMPTED}   preempted (SIGTERM): saved, to be started again
+  {interrupt.STATUS}  Ctrl-C: a training run has saved; the same command goes on
+"""
+_NOT_SAVED = "nothing is half-written; the same command begins again, or goes on where it can"
 # A config file is Python, so reading it may raise anything that Python raises.
 _CONFIG_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
@@ -28,12 +39,12 @@ def run(
     required: tuple[str, ...],
     leave: Callable[[int], None] | None = None,
 ) -> None:
-    """Parses absl's flags, then calls main. Exit status 1 if its numbers stopped being finite.
-
-    And 42 if it was told to end, has saved, and is to be started again.
+    """Parses absl's flags, then calls main; ends with one of STATUSES.
 
     leave: called with the exit status of a failure, for a program that others may wait for.
     """
+    sys.excepthook = _asking_for_a_report(sys.excepthook)
+    interrupt.listen()
     app.run(partial(_guarded, main, leave), flags_parser=partial(_parse, required=required))
 
 
@@ -55,16 +66,40 @@ def hosts_flags() -> Callable[[], tuple[str | None, int | None, int | None]]:
 
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(_help())
+        sys.exit(0)
+    # ml_collections looks for overrides of a config there.
+    sys.argv = [underscored(argument) for argument in argv]
     try:
-        rest = flags.FLAGS([underscored(argument) for argument in argv])
+        rest = flags.FLAGS(sys.argv)
     except _CONFIG_ERRORS as error:
-        sys.exit(_complain(f"{one_line(error)} (see --help)", 2))
+        sys.exit(_complain(f"{_explained(error)} (see --help)", 2))
     missing = [f"--{name}" for name in required if flags.FLAGS[name].value is None]
     if missing:
         sys.exit(_complain(f"{', '.join(missing)} must be given (see --help)", 2))
     if len(rest) > 1:
         sys.exit(_complain(f"unknown argument {rest[1]!r}; flags start with -- (see --help)", 2))
     return rest
+
+
+def _help() -> str:
+    """What the program does, with examples; its exit statuses; its flags, and those of hosts."""
+    described = [flags.FLAGS.main_module_help()]
+    if "coordinator" in flags.FLAGS:
+        described.append(flags.FLAGS.module_help(__name__))
+    lines = "\n".join(described).splitlines()
+    # absl puts the path of each module above its flags.
+    shown = "\n".join(line for line in lines if line.startswith(" "))
+    return f"{sys.modules['__main__'].__doc__}{STATUSES}\nflags:\n{shown}"
+
+
+def _explained(error: BaseException) -> str:
+    """What the user did to get it, where that is an override; else the message."""
+    try:
+        return overrides.complaint(sys.argv, flags.FLAGS) or one_line(error)
+    except _CONFIG_ERRORS:
+        return one_line(error)
 
 
 def underscored(argument: str) -> str:
@@ -94,6 +129,11 @@ def _guarded(
     except Preempted as told:
         print(told, file=sys.stderr)
         return PREEMPTED  # all processes end so, and JAX has them wait for each other
+    except KeyboardInterrupt as told:
+        print(f"interrupted: {str(told) or _NOT_SAVED}", file=sys.stderr)
+        if told.args:
+            return interrupt.STATUS  # as above
+        status = interrupt.STATUS
     if status and leave is not None:
         leave(status)
     return status
@@ -109,6 +149,29 @@ def _keep_compiled() -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_compilation_cache_max_size", kept.MOST)
+
+
+def _asking_for_a_report(before: Callable) -> Callable:
+    """An excepthook that says what to report an error with which nobody has reckoned."""
+
+    def hook(kind, error, trace) -> None:
+        before(kind, error, trace)
+        if not issubclass(kind, KeyboardInterrupt):
+            command = shlex.join(["python", "-m", "slam_jax.env", *_about_config(sys.argv)])
+            print(
+                f"error: unexpected {kind.__name__}; if it is a bug of slam_jax, report the lines "
+                f"above with what this prints: {command}", file=sys.stderr,
+            )  # fmt: skip
+
+    return hook
+
+
+def _about_config(argv: list[str]) -> list[str]:
+    """The config file and its overrides, as they were given."""
+    found = [each for each in argv if re.match(r"--?(no)?config[.=]", each)]
+    if "--config" in argv[:-1]:
+        found = argv[argv.index("--config") :][:2] + found
+    return found
 
 
 def warn_of_cut(prompts: list[str], cut: list[str], length: int) -> None:

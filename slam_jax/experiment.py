@@ -65,7 +65,7 @@ def teacher(settings: Settings) -> pretrained.Pretrained:
 
 
 def _choose(choices: dict[str, Any], key: str, name: str) -> Any:
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise UserError(f"config.{key} {name!r} is not known; there are {', '.join(choices)}")
     return choices[name]
 

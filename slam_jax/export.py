@@ -1,6 +1,7 @@
 """A run's student in the format that another tool loads.
 
     python -m slam_jax.export --workdir runs/tiny --format diffusers --out tiny_student
+    python -m slam_jax.export --workdir runs/tiny --format single-file --out tiny.safetensors
 
 The last checkpoint is read, so this works while training goes on. Formats: diffusers (a pipeline
 folder, gamma embedding included), diffusers-folded (the same as a plain UNet), single-file (one

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from slam_jax import interrupt
 from slam_jax.data import batches, tally
 from slam_jax.distill.state import TrainState
 from slam_jax.errors import Preempted, UserError
@@ -64,14 +65,15 @@ def to_the_end(run: Run, restored: Callable[[int], TrainState], done: int) -> Tr
     """The state after num_steps. `restored` gives the one of a saved step, and of step 0.
 
     Where too many updates are dropped the run goes back to its last checkpoint and on with other
-    data. FloatingPointError if that does not help; Preempted once it has saved what SIGTERM left
-    it no time to go on with.
+    data. FloatingPointError if that does not help; Preempted, after Ctrl-C KeyboardInterrupt,
+    once it has saved what it was left no time to go on with.
     """
     happened = _read_rollbacks(run.workdir)
     while True:
         offset = happened[-1].offset if happened else 0
         try:
-            return _steps(run, restored(done), done, offset)
+            with interrupt.told_as_sigterm():
+                return _steps(run, restored(done), done, offset)
         except DivergedError as error:
             failed, message = error.args
         # Outside the except clause, which would keep the old state alive beside the new one.
@@ -131,7 +133,12 @@ def _steps(run: Run, now: TrainState, done: int, offset: int) -> TrainState:
             else:
                 checkpoint.check(run.checkpoints, partial(log.say, run.progress))
             if told:
-                raise Preempted(f"told to end: saved after step {number}; the same command goes on")
+                saved = f"saved after step {number}; the same command goes on"
+                raise (
+                    KeyboardInterrupt(saved)
+                    if interrupt.asked()
+                    else Preempted(f"told to end: {saved}")
+                )
     return now
 
 

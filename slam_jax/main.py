@@ -1,4 +1,6 @@
-"""python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
+"""Distils a teacher into a student that draws in a few steps; the same command resumes.
+
+    python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
 
 Any value of the config can be overridden: --config.distill.w=7
 What a run would take, without starting it: --dry_run, for TPUs --dry_run --topology v5e:16x16

@@ -2,11 +2,14 @@
 
     python -m slam_jax.sample --model runs/tiny/student --steps 4 --out out.png \
         --prompt "a red circle above a blue square"
+    python -m slam_jax.sample --model ORG/NAME --prompts prompts.txt --out pictures
 """
 
+import io
 import itertools
 import json
 import math
+import tokenize
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -89,6 +92,8 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if (prompt is None) == (path is None):
         raise UserError("give one of --prompt and --prompts")
     if path is None:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"--prompt {prompt!a} is not UTF-8")
         return [prompt]
     try:
         prompts = Path(path).read_text(encoding="utf-8").splitlines()
@@ -128,14 +133,15 @@ def _noise(
 def _read_noise(path: str, expected: tuple[int, int, int]) -> Noise:
     """The array in a file; UserError unless its steps, images and channels are those expected."""
     try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --noise {path}: {error}") from None
+        with open(path, "rb") as file:
+            noise = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, tokenize.TokenError) as error:
+        raise UserError(f"cannot read --noise {path}: {error}; write it with np.save") from None
     steps, count, channels = expected
     shape = noise.shape
-    if len(shape) != 5 or (shape[0], shape[1], shape[4]) != expected:
+    if noise.dtype.kind != "f" or len(shape) != 5 or (shape[0], shape[1], shape[4]) != expected:
         raise UserError(
-            f"--noise {path} has shape {list(shape)}; {steps} steps and {count} prompts "
+            f"--noise {path} has {noise.dtype} {list(shape)}; {steps} steps and {count} prompts "
             f"need [{steps}, {count}, h, w, {channels}]"
         )
     return noise.astype(np.float32)
@@ -192,7 +198,9 @@ def _save(
         return
     drawn = np.concatenate(list(batches))
     if out.suffix == ".npy":
-        np.save(out, drawn)
+        buffer = io.BytesIO()
+        np.save(buffer, drawn)
+        folder.write_atomic(out, buffer.getbuffer())
     else:
         folder.write_atomic(out, images.png(images.grid(_in_rows(drawn))))
 

@@ -166,8 +166,8 @@ def from_config(config: Mapping[str, Any]) -> Settings:
                 raise UserError(f"config.{name}={value} must be at least {least}")
     for name in _STRINGS:
         value = _value(leaves, name)
-        if not all(isinstance(each, str) for each in value):
-            raise UserError(f"config.{name}={value!r} must be strings")
+        if not all(_is_text(each) for each in value):
+            raise UserError(f"config.{name}={value!r} must be strings, in UTF-8")
     if settings.seed >= 2**32:
         raise UserError(f"config.seed={settings.seed} must be less than 2**32")
     lora = settings.student.lora
@@ -182,6 +182,11 @@ def from_config(config: Mapping[str, Any]) -> Settings:
             f"config.data.max_bad_fraction={settings.data.max_bad_fraction} must lie in [0, 1)"
         )
     return settings
+
+
+def _is_text(value: Any) -> bool:
+    """A string without half characters, as which a shell's bytes come that are not UTF-8."""
+    return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
 
 
 def _value(leaves: Mapping[str, Any], name: str) -> Any:

@@ -43,10 +43,18 @@ json.dump(results, sys.stdout)
 
 # Name -> (overrides of configs/tiny.py, what stderr says).
 VALUES = {
-    "unknown_key": (["--config.distil.w=3"], r"distil\b"),
-    "unknown_leaf": (["--config.distill.ww=3"], r"ww\b"),
-    "wrong_type": (["--config.num_steps=many"], "num_steps.*many"),
-    "unknown_flag": (["--wrokdir=x"], "wrokdir"),
+    "unknown_key": (
+        ["--config.distil.w=3"],
+        r"distil\.w=3 is not in .*mean --config\.distill\.w\?",
+    ),
+    "unknown_leaf": (["--config.distill.ww=3"], r"mean --config\.distill\.w\?"),
+    "wrong_group": (["--config.w=3"], r"mean --config\.distill\.w\?"),
+    "group": (["--config.log=3"], r"log=3 is a group; .* --config\.log\.every_steps=10"),
+    "wrong_type": (["--config.num_steps=many"], "=many must be a whole number, such as .*=600"),
+    "no_number": (["--config.distill.w=big"], r"=big must be a number, such as .*\.w=8\.0"),
+    "no_boolean": (["--config.student.remat=maybe"], "must be true or false, such as .*=false"),
+    "unknown_flag": (["--wrokdir=x"], "wrokdir.*Did you mean: workdir"),
+    "mesh_pairs": (["--config.mesh.axes=1"], r"mesh\.axes \(1,\) must be pairs"),
     "stray_word": (["resume"], "'resume'"),
     "not_positive": (["--config.num_steps=0"], r"config\.num_steps=0 must be at least 1"),
     "ema_rate": (["--config.ema_rate=1.0"], r"config\.ema_rate=1\.0 .*\[0, 1\)"),
@@ -83,6 +91,7 @@ VALUES = {
 # The same, where the schedule, which lies on a device, has to be made first.
 LATE_VALUES = {
     "gamma": (["--config.distill.gamma=('beta',2)"], "'beta'.*uniform, ones, mixture, annealed"),
+    "gamma_list": (["--config.distill.gamma=([],)"], r"gamma \[\] is not known"),
     "gamma_numbers": (["--config.distill.gamma=('mixture',)"], r"must be \('mixture', 'p'\)"),
     "gamma_range": (["--config.distill.gamma=('mixture',1.5)"], "p_0 1.5 is a probability"),
     "distance": (["--config.distill.distance=('l1',)"], "'l1'.*l2, huber"),
@@ -193,6 +202,11 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
         "sample_to_url": ([known[0], "--out=gs://b/c.png", prompt], "cannot write to gs:/b: give"),
         "sample_hub": (["--model=no/such", known[1], prompt], "no/such.*HF_HUB_OFFLINE"),
         "sample_revision": ([*known, prompt, "--revision=v1"], "revision 'v1' is for models"),
+        "sample_pickle": (
+            [*known, prompt, "--noise=assets/tiny_sd/model_index.json"],
+            "cannot read --noise .*np.save",
+        ),
+        "sample_bytes": ([*known, "--prompt=\udcff"], r"'\\udcff' is not UTF-8"),
         "sample_noise": ([*known, prompt, "--noise=/no.npy"], "cannot read --noise /no.npy"),
         "sample_lora": (
             [*known, prompt, "--lora=a.safetensors"],

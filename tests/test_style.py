@@ -264,8 +264,8 @@ ZERO = {"errors", "shapes", "page"}
 BELOW = {
     **dict.fromkeys(("errors", "shapes", "page", "__init__"), set()),
     **dict.fromkeys(("diffusion", "nets", "data", "runtime", "metrics"), ZERO),
-    **dict.fromkeys(("kept", "settings", "flops"), ZERO),
-    "command": ZERO | {"kept"},
+    **dict.fromkeys(("kept", "settings", "flops", "interrupt", "overrides", "__main__"), ZERO),
+    "command": ZERO | {"kept", "interrupt", "overrides"},
     "distill": ZERO | {"diffusion"},
     "weights": ZERO | {"nets", "kept"},
     "pipeline": ZERO | {"diffusion", "nets", "distill", "weights"},
@@ -283,6 +283,7 @@ BELOW["forecast"] = ZERO | {"runtime"}
 BELOW["interactive"] = set(BELOW) - {"__init__", "experiment", "program"}
 BELOW["loop"] = set(BELOW) - {"__init__"}
 BELOW |= dict.fromkeys(DRIVERS, set(BELOW) - {"__init__"})
+BELOW["env"] = ZERO | {"command", "settings", "runtime"}
 BELOW["dry_run"] = BELOW["dry_run"] | {"program", "arguments", "forecast"}
 BELOW["main"] = set(BELOW) - {"__init__"}
 

@@ -6,11 +6,15 @@ at step n by asking for batch n, on any number of hosts.
 """
 
 import collections
+import contextlib
+import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import NamedTuple
 
 import grain
@@ -105,9 +109,27 @@ def iterate(
         )
     iterator = iter(ordered)
     try:
+        # The first one asked for starts the workers.
+        with _children_deaf_to_ctrl_c() if num_workers else contextlib.nullcontext():
+            first = list(itertools.islice(iterator, 1))
+        yield from first
         yield from iterator
     finally:
         iterator.close()
+
+
+@contextlib.contextmanager
+def _children_deaf_to_ctrl_c() -> Iterator[None]:
+    """A terminal tells all processes of it; this one decides what it means.
+
+    Threads and processes inherit what is blocked where they are started.
+    """
+    resource_tracker.ensure_running()  # which unblocks it when the first process starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with(parent: int, _worker: int, _num_workers: int) -> None:

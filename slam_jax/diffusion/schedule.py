@@ -18,6 +18,7 @@ _DIFFUSERS_DEFAULTS = {
     "rescale_betas_zero_snr": False,
     "trained_betas": None,
 }
+_MOST_TIMESTEPS = 10**6
 _REQUIRED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 
@@ -65,7 +66,7 @@ def num_timesteps(scheduler: Mapping) -> int:
 def _betas(settings: Mapping) -> np.ndarray:
     """Noise added at each training time, float64 [T]; names as in diffusers' schedulers."""
     if settings["trained_betas"] is not None:
-        return _checked(np.asarray(settings["trained_betas"], np.float64))
+        return _trained(settings["trained_betas"])
     missing = [key for key in _REQUIRED if key not in settings]
     if missing:
         kind = settings.get("_class_name", "without a _class_name")
@@ -73,7 +74,8 @@ def _betas(settings: Mapping) -> np.ndarray:
             f"scheduler config ({kind}) has no {missing[0]}: not a scheduler of the Stable "
             "Diffusion 1.x/2.x family; use the scheduler_config.json the model was trained with"
         )
-    num_timesteps, first, last = (settings[key] for key in _REQUIRED[:3])
+    num_timesteps, first, last = (_number(settings, key) for key in _REQUIRED[:3])
+    num_timesteps = int(num_timesteps)
     match settings["beta_schedule"]:
         case "linear":
             return _checked(np.linspace(first, last, num_timesteps))
@@ -86,6 +88,25 @@ def _betas(settings: Mapping) -> np.ndarray:
                 f"scheduler config: beta_schedule {unknown!r} is not known; "
                 "use linear, scaled_linear, squaredcos_cap_v2 or trained_betas"
             )
+
+
+def _number(settings: Mapping, key: str) -> float:
+    """A positive number; UserError for anything else, or for what no schedule can be made of."""
+    value = settings[key]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= _MOST_TIMESTEPS:
+        raise UserError(
+            f"scheduler config: {key} {value!r} must be a positive number; use the "
+            "scheduler_config.json the model was trained with"
+        )
+    return value
+
+
+def _trained(betas: object) -> np.ndarray:
+    try:
+        return _checked(np.asarray(betas, np.float64))
+    except (ValueError, TypeError, OverflowError):
+        raise UserError("scheduler config: trained_betas must be a list of numbers") from None
 
 
 def _checked(betas: np.ndarray) -> np.ndarray:

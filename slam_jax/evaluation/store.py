@@ -5,6 +5,7 @@ or not at all: whoever starts again does what is missing, and several hosts shar
 """
 
 import io
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -52,7 +53,10 @@ def load(path: Path) -> Arrays:
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            EOFError, TypeError, MemoryError, NotImplementedError, RuntimeError, SyntaxError,
+            tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
             raise ValueError(f"no whole .npz: {error}") from None
 
 

@@ -71,7 +71,7 @@ def start(workdir: Path, settings: Mapping[str, Any]) -> None:
         file.write(f"{now} {revision()}\n")
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """The file appears whole or not at all, whenever the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -50,11 +50,21 @@ def make(axes: Sequence[tuple[str, int]], devices: Sequence[jax.Device] | None =
 
 def check_rules(axes: Sequence[tuple[str, int]], rules: Rules) -> None:
     """Refuses a regex that does not compile and an axis that the mesh lacks. Touches no device."""
-    if not all(len(axis) == 2 for axis in axes) or not all(len(rule) == 2 for rule in rules):
-        raise UserError("mesh.axes are pairs (name, size), mesh.rules pairs (regex, axes)")
-    names = [name for name, _ in axes]
-    if "data" not in names or sum(size == -1 for _, size in axes) > 1:
-        raise UserError(f"mesh.axes {tuple(axes)}: one axis is named data, at most one has size -1")
+    if not all(_is_pair(each, int) for each in axes) or not all(
+        _is_pair(each, str | tuple | list) for each in rules
+    ):
+        raise UserError(
+            f"mesh.axes {tuple(axes)} must be pairs (name, size), such as (('data',-1),), and "
+            f"mesh.rules {tuple(rules)} pairs (regex, axes), such as (('.*',()),)"
+        )
+    names, sizes = ([each[part] for each in axes] for part in (0, 1))
+    if "data" not in names or len({*names}) < len(names) or sizes.count(-1) > 1:
+        raise UserError(
+            f"mesh.axes {tuple(axes)}: one axis is named data, no two have one name, at most one "
+            "has size -1"
+        )
+    if not all(size == -1 or size > 0 for size in sizes):
+        raise UserError(f"mesh.axes {tuple(axes)}: sizes are positive, or -1 for the rest")
     for pattern, rule in rules:
         try:
             re.compile(pattern)
@@ -65,6 +75,12 @@ def check_rules(axes: Sequence[tuple[str, int]], rules: Rules) -> None:
                 raise UserError(
                     f"mesh.rules: {pattern!r} names the axis {axis!r}; there are {names}"
                 )
+
+
+def _is_pair(value: Any, second: type) -> bool:
+    """Of a string and a `second`."""
+    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    return is_pair and isinstance(value[0], str) and isinstance(value[1], second)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
