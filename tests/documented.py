@@ -1,8 +1,9 @@
-"""The commands in README.md, CONTRIBUTING.md and docs/, and whether the programs take them; nothing is run.
+"""The commands in README.md, CONTRIBUTING.md and docs/, and whether the programs take them.
 
     python tests/documented.py
 
-reads a JSON list of commands from stdin, and prints a list of what is wrong with each, "" for nothing.
+reads a JSON list of commands from stdin, and prints a list of what is wrong with each, "" for
+nothing. None is run.
 """
 
 import argparse

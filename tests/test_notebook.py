@@ -1,4 +1,4 @@
-"""docs/splam_in_100_lines.ipynb runs, if for a few steps only, and its pictures are kept with it."""
+"""docs/splam_in_100_lines.ipynb runs, and its pictures are kept with it."""
 
 import json
 import pathlib
