@@ -129,6 +129,18 @@ def test_what_a_command_names_is_there(commands):
                 assert (ROOT / word).exists(), command
 
 
+def test_every_program_is_in_the_reference():
+    """Or its flags would be missing from the page, and its commands would not be parsed."""
+    text = (ROOT / "docs" / "reference.py").read_text(encoding="utf-8")
+    known = {*re.findall(r'"(\w+)"', re.search(r"^PROGRAMS = \((.*?)\)", text, re.M | re.S)[1])}
+    programs = {
+        path.stem
+        for path in (ROOT / "slam_jax").glob("*.py")
+        if "command.run(" in path.read_text(encoding="utf-8")
+    }
+    assert programs == known
+
+
 def test_python_in_pages_is_python():
     for page in documented.pages():
         for block in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.S | re.M):
