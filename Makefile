@@ -1,11 +1,12 @@
 # make demo: distil the small teacher in assets/tiny_sd.  make test: run the tests.
+# make docs: build the documentation into site/.
 # make soak: spoil runs on purpose, many times over, and print what was lost.
 # All set up .venv by themselves; only Python 3.11+ and make are needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak clean
+.PHONY: demo test docs soak clean
 
 # Two devices, so that XLA keeps two cores busy: a quarter faster than one (LOG.md).
 demo: .venv/run
@@ -14,16 +15,24 @@ demo: .venv/run
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Strict: a warning, such as a link to nowhere, is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak tests/test_soak.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 .venv/run: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "slam_jax needs Python 3.11 or newer; run: make $(MAKECMDGOALS) PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/docs: .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 # torch comes first and by its exact version, or pip would fetch the build with CUDA.
