@@ -160,7 +160,10 @@ def at_rest(dtype: DTypeLike) -> Callable[[Any], Any]:
 
     def kept(path: tuple, parameter: Any) -> Any:
         # A tuple's entries have no key: SDXL's two text encoders are one.
-        return keep(tuple(each.key for each in path if hasattr(each, "key")), parameter)
+        names = tuple(each.key for each in path if hasattr(each, "key"))
+        # Asked with one number of as many dimensions, since shapes have no values to be cast.
+        kind = keep(names, np.ones((1,) * parameter.ndim, np.float32)).dtype
+        return parameter if parameter.dtype == kind else parameter.astype(kind)
 
     return partial(jax.tree_util.tree_map_with_path, kept)
 

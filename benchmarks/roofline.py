@@ -1,6 +1,6 @@
 """What a train step and a sample take at the least on some chips: counted, nothing is run.
 
-    python benchmarks/roofline.py > benchmarks/roofline.md
+python benchmarks/roofline.py > benchmarks/roofline.md
 """
 
 import argparse
@@ -19,14 +19,11 @@ from benchmarks import models, timing
 from slam_jax import pipeline
 from slam_jax.runtime import chips
 
-# The last is no datasheet's: rates that were measured, of products of large bfloat16 matrices and
-# of copies in memory.
-_CHIPS = (
-    *map(chips.named, ("H200 SXM", "A100 80GB", "TPU v5e", "TPU v5p")),
-    chips.named("H200 SXM")._replace(
-        name="H200, measured", flops=790e12, memory_bandwidth=4.3e12, source="measured"
-    ),
+# Rates that were measured, of products of large bfloat16 matrices and of copies in memory.
+MEASURED = chips.named("H200 SXM")._replace(
+    name="H200, measured", flops=790e12, memory_bandwidth=4.3e12, source="measured"
 )
+_CHIPS = (MEASURED, *map(chips.named, ("H200 SXM", "A100 80GB", "TPU v5e", "TPU v5p")))
 _SAMPLER_STEPS = 4
 _INTRODUCTION = f"""# The limit
 
@@ -34,8 +31,9 @@ Written by `python benchmarks/roofline.py > benchmarks/roofline.md`; nothing was
 
 - FLOPs are multiplications and additions of matrix products and convolutions, counted in the traced
   program (`slam_jax/flops.py`). A UNet's forward is what `torch.utils.flop_counter` says of
-  diffusers' class to the last digit (`tests/test_roofline.py`); XLA's `cost_analysis` says 5 % more
-  of SD 1.5's, since it also counts what is done to single elements.
+  diffusers' class to the last digit (`tests/test_roofline.py`); XLA's `cost_analysis` of
+  SD 1.5's, not yet compiled, says 789.5 GFLOP: less by the padding, more by what is done to single
+  elements.
 - M = 1 solver step of the teacher, so 2M = 2 calls; each further one adds two more.
 - "the algorithm" is what MFU counts: nothing that is recomputed.
 - Bytes are those of the state alone, each array read or written as often as a step cannot avoid:
@@ -90,7 +88,9 @@ class Traffic(NamedTuple):
 def counts(size: models.Size) -> Counts:
     """From shapes alone."""
     nets = models.nets(size, jnp.float32, remat=False)
-    start = jax.eval_shape(lambda p: models.start(size, jnp.float32, p), models.parameter_shapes(size))
+    start = jax.eval_shape(
+        lambda p: models.start(size, jnp.float32, p), models.parameter_shapes(size)
+    )
     x, t, gamma = (_floats(1, *_latent(size)), _integers(1), _floats(1, 1, 1, 1))
     tokens = jax.eval_shape(lambda: models.tokens(size, 1))
     text = jax.eval_shape(nets.encode_text, start.text_encoder, tokens)

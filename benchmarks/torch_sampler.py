@@ -15,7 +15,6 @@ from benchmarks import models, timing, torch_nets
 from slam_jax import pipeline
 
 
-
 def runner(
     size: models.Size, start: models.Start, prompts: Mapping[str, np.ndarray], *, dtype: str,
     num_steps: int, decodes: bool, compile_mode: str | None,

@@ -121,7 +121,9 @@ def mean_loss(step: Step, batch: Mapping[str, torch.Tensor], drawn: Draws) -> to
         alpha_t, sigma_t = _levels(step, t)
         x_t = alpha_t * x_0 + sigma_t * drawn.noise
         x_s = _walk(step, x_t, t, text)
-        goal = _consistent(step, nets.target, x_s, s, text, torch.ones_like(gamma), *_levels(step, s))
+        goal = _consistent(
+            step, nets.target, x_s, s, text, torch.ones_like(gamma), *_levels(step, s)
+        )
     alpha_s, sigma_s = _levels(step, s)
     drift = alpha_t / alpha_s
     x = gamma * x_t + (1 - gamma) * drift * x_s
