@@ -1,6 +1,7 @@
 """The benchmarks print their line, count FLOPs right, and need no more than they promise."""
 
 import ast
+import collections
 import importlib
 import json
 import os
@@ -287,6 +288,34 @@ def test_imports_stay_within_what_a_bare_machine_has(folder):
             for name in names:
                 top = name.partition(".")[0]
                 assert top in ALLOWED | sys.stdlib_module_names, f"{path}:{node.lineno}: {name}"
+
+
+# In the place of python: says what it is asked to run, and fails for one program.
+INTERPRETER = """#!/bin/sh
+if [ "$1" = -c ]; then exec {python} "$@"; fi
+shift 2
+case "$*" in *train_step*torch*) echo "out of memory" >&2; exit 1 ;; esac
+echo "{{\\"program\\": \\"$*\\"}}"
+"""
+
+
+def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(INTERPRETER.format(python=sys.executable))
+    interpreter.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHON": str(interpreter), "SIZE": "tiny", "DEVICE_NAME": "Some GPU 9"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert "train_step" in failure and failure.endswith("torch torch_compile: out of memory")
+    (results,) = tmp_path.glob("*-some-gpu-9.jsonl")
+    commands = [json.loads(line)["program"] for line in results.read_text().splitlines()]
+    kinds = collections.Counter(pathlib.PurePath(each.split()[0]).stem for each in commands)
+    assert kinds == {"peak": 1, "train_step": 2, "sampler": 8, "overhead": 1}
+    for command in commands[1:-1]:
+        assert "--size tiny --dtype bfloat16 --repeat 10" in command
 
 
 def _answers(folder, name, seed, quality):
