@@ -1,12 +1,14 @@
 # make demo: distil the small teacher in assets/tiny_sd.  make test: run the tests.
 # make docs: build the documentation into site/.
+# make fuzz: give 100,000 made-up inputs to all that reads files, options and prompts.
+# make minimal: draw a picture where nothing but what is needed at run time is installed.
 # make soak: spoil runs on purpose, many times over, and print what was lost.
 # All set up .venv by themselves; only Python 3.11+ and make are needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs soak clean
+.PHONY: demo test docs soak fuzz minimal clean
 
 # Two devices, so that XLA keeps two cores busy: a quarter faster than one (LOG.md).
 demo: .venv/run
@@ -21,6 +23,14 @@ docs: .venv/docs
 
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak tests/test_soak.py
+
+fuzz: .venv/test
+	$(BIN)/python -W ignore tests/fuzz.py --inputs 100000
+
+minimal:
+	rm -rf runs/minimal && $(PYTHON) -m venv runs/minimal
+	runs/minimal/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt .
+	runs/minimal/bin/python -P -m slam_jax.sample --model assets/tiny_sd --prompt "a red circle above a blue square" --out runs/minimal.png
 
 clean:
 	rm -rf .venv runs site

@@ -159,7 +159,7 @@ def _asking_for_a_report(before: Callable) -> Callable:
         if not issubclass(kind, KeyboardInterrupt):
             command = shlex.join(["python", "-m", "slam_jax.env", *_about_config(sys.argv)])
             print(
-                f"error: unexpected {kind.__name__}; if it is a bug of slam_jax, report the lines "
+                f"unexpected {kind.__name__}; if it is a bug of slam_jax, report the lines "
                 f"above with what this prints: {command}", file=sys.stderr,
             )  # fmt: skip
 

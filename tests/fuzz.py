@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import hypothesis
+import jax
 import numpy as np
 import pyarrow
 from absl import flags
@@ -81,9 +82,9 @@ def _audit(event: str, arguments: tuple) -> None:
 
 
 def _check(event: str, path: str | bytes | int) -> None:
-    if not isinstance(path, int) and not os.path.abspath(os.fsdecode(path)).startswith(
-        _allowed[-1]
-    ):
+    # What JAX compiles meanwhile it may keep where it has been told to.
+    allowed = (_allowed[-1], jax.config.values["jax_compilation_cache_dir"] or _allowed[-1])
+    if not isinstance(path, int) and not os.path.abspath(os.fsdecode(path)).startswith(allowed):
         _misdeeds.append(f"{event} {path!r}")
 
 

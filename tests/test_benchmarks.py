@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from slam_jax import flops, pipeline
 from slam_jax.diffusion import sampler
@@ -22,6 +23,7 @@ from slam_jax.diffusion import sampler
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 comparison = importlib.import_module("benchmarks.comparison")
+comparison_plot = importlib.import_module("benchmarks.comparison_plot")
 models = importlib.import_module("benchmarks.models")
 
 # Runs programs one after the other in one process (argv: a line each) in which all else that the
@@ -37,7 +39,7 @@ class Missing:
     }
     OURS = {
         "nets", "diffusion", "distill", "shapes", "errors", "flops", "weights", "pipeline",
-        "students", "runtime",
+        "students", "runtime", "kept",
     }
 
     def find_spec(self, name, path=None, target=None):
@@ -266,6 +268,7 @@ NEED_MORE = {
     "checkpoint.py",
     "laboratory.py",
     "overhead.py",
+    "comparison_plot.py",
     "torch_nets.py",
     "torch_step.py",
     "torch_sampler.py",
@@ -328,6 +331,7 @@ def _answers(folder, name, seed, quality):
             f"features_{steps}": real + quality, f"accuracy_{steps}": 1 - quality,
             f"endpoint_{steps}": quality * steps,
         }  # fmt: skip
+    answers["shown"] = np.full((2, 8, 8, 3), quality, np.float32)
     np.savez(folder / f"{name}-{seed}.npz", **answers)
 
 
@@ -353,6 +357,11 @@ def test_a_comparison_pairs_seeds(tmp_path):
     (row,) = differences.splitlines()[2:]
     # 0.05 off in both seeds, though the seeds themselves differ by 0.2.
     assert row.startswith("| splam_k20 - lcm_k20 | 2 |") and "-0.050 ± 0.000" in row
+    arms = ["lcm_k20", "splam_k20"]
+    comparison_plot.plot(list(lines.values()), arms, tmp_path / "plot.png")
+    assert np.asarray(Image.open(tmp_path / "plot.png")).std() > 10
+    comparison_plot.pictures(tmp_path, arms, 0, tmp_path / "pictures.png")
+    assert np.asarray(Image.open(tmp_path / "pictures.png")).shape[0] > 2 * 32
     empty = subprocess.run(
         [*program, "--keep", tmp_path / "none"], cwd=ROOT, text=True, capture_output=True
     )

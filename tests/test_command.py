@@ -1,5 +1,7 @@
 """What the programs say on stderr."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -7,6 +9,8 @@ import jax
 import pytest
 
 from slam_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 FAILS_WITH_WORK_LEFT_OVER = """
 from slam_jax import command, errors
@@ -44,6 +48,30 @@ def test_an_error_is_the_last_line():
     command = [sys.executable, "-c", FAILS_WITH_WORK_LEFT_OVER]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (2, "error: this\n")
+
+
+def test_the_package_lists_its_programs():
+    done = subprocess.run([sys.executable, "-m", "slam_jax"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    for name in ("main", "sample", "report", "env"):
+        assert f"python -m slam_jax.{name} " in done.stdout
+    wrong = subprocess.run(
+        [sys.executable, "-m", "slam_jax", "sample"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2 and wrong.stderr.endswith("run python -m slam_jax.sample\n")
+
+
+def test_env_tells_what_a_report_needs():
+    program = [sys.executable, "-m", "slam_jax.env", "--config=configs/tiny.py"]
+    first, other = (
+        subprocess.run([*program, *more], capture_output=True, text=True, cwd=ROOT,
+                       env={**os.environ, "SECRET": "hidden", "JAX_PLATFORMS": "cpu"})
+        for more in ((), ("--config.distill.w=3",))
+    )  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    for told in ("slam_jax ", "jax ", "devices: ", "memory: ", "JAX_PLATFORMS=cpu", "hash "):
+        assert told in first.stdout
+    assert "hidden" not in first.stdout and first.stdout != other.stdout
 
 
 @pytest.mark.parametrize("chosen", [None, "theirs"])

@@ -20,7 +20,7 @@ from slam_jax.errors import UserError
 from slam_jax.runtime import collectives, folder, hlo
 
 # Of what is kept; another number makes everything be compiled anew.
-_FORMAT = 2
+_FORMAT = 3
 # Without the first three libtpu asks Google's metadata server, which is not there, what machine
 # this is; without the last only one process at a time may compile.
 _LIBTPU = {
@@ -66,8 +66,6 @@ def devices(topology: str) -> list[jax.Device]:
         os.environ.setdefault(name, value)
     # Whatever accelerator is here has no part in it.
     jax.config.update("jax_platforms", "cpu")
-    # Of what is compiled for them only the figures are kept.
-    jax.config.update("jax_enable_compilation_cache", False)
     if not _version("libtpu"):
         raise UserError(
             f"--topology {topology} needs the package libtpu, which compiles for TPUs on any Linux "
@@ -211,6 +209,8 @@ def _plan(again: Callable[[], jax.stages.Lowered], num_devices: int) -> Compiled
 
 
 def _write_plan(again: Callable[[], jax.stages.Lowered], place: str) -> None:
+    # A program that JAX has kept would not be planned.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         again().compile(compiler_options={"xla_dump_to": place, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:

@@ -16,7 +16,7 @@ _CONDITION = re.compile(r"condition=%?([\w.-]+)")
 # Of device groups: as a list, as an iota, and by axes of a mesh, whole or a factor of one.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
-_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PAIRS = re.compile(r"source_target_pairs=\{(.*?)\}\}")
 
@@ -126,4 +126,6 @@ def _group(rest: str, num_devices: int) -> int:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", grid[1]))
         used = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", grid[2])
         return math.prod(int(part or sizes[axis]) for axis, part in used)
+    if "replica_groups=" in rest and "replica_groups={}" not in rest:
+        raise ValueError(f"groups of devices are written in a way not known: {rest}")
     return num_devices

@@ -77,8 +77,8 @@ def check_rules(axes: Sequence[tuple[str, int]], rules: Rules) -> None:
                 )
 
 
-def _is_pair(value: Any, second: type) -> bool:
-    """Of a string and a `second`."""
+def _is_pair(value: Any, second: Any) -> bool:
+    """Of a string and an instance of `second`, a type or several."""
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     return is_pair and isinstance(value[0], str) and isinstance(value[1], second)
 

@@ -67,6 +67,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
      "replica_groups=mesh['a'=2,'b'=8] {'b'}", ("all-reduce", 8, 5, 5 * 32)),
     ("%r = f32[8] all-reduce(%x), replica_groups=mesh['a'=16] {'a':(2)4}, to_apply=%add",
      ("all-reduce", 4, 5, 5 * 32)),
+    ("%r = bf16[8] all-gather(%x), channel_id=4, replica_groups=mesh['a'=2,'b'=1,'c'=8], "
+     "device_ids=([8,2]T(1,0)) {'a','b'}, dimensions={0}", ("all-gather", 2, 5, 5 * 16)),
     ("%r = bf16[8] all-gather(%x), replica_groups=[4,4]<=[16], dimensions={0}",
      ("all-gather", 4, 5, 5 * 16)),
     ("%r = (bf16[2], bf16[8]) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}",
@@ -82,6 +84,12 @@ def test_every_way_of_writing(line, found):
     # The second time it is a piece of the same one, among what hides it.
     twice = f"{line}\n  {line}" if "channel_id" in line else line
     assert collectives.count(hlo.parse(PROGRAM.replace("LINE", twice)), 16) == [found]
+
+
+def test_a_way_of_writing_that_is_not_known_is_no_number():
+    line = "%r = bf16[8] all-gather(%x), replica_groups=<new>, dimensions={0}"
+    with pytest.raises(ValueError, match="not known: .*<new>"):
+        collectives.count(hlo.parse(PROGRAM.replace("LINE", line)), 16)
 
 
 def test_the_sum_of_which_each_keeps_a_part():
