@@ -1,12 +1,13 @@
 # make demo: distil the small teacher in assets/tiny_sd.  make test: run the tests.
 # make docs: build the documentation into site/.
+# make page: open the live page in Chromium and take assets/page.png.
 # make soak: spoil runs on purpose, many times over, and print what was lost.
 # All set up .venv by themselves; only Python 3.11+ and make are needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs soak clean
+.PHONY: demo test docs page soak clean
 
 # Two devices, so that XLA keeps two cores busy: a quarter faster than one (LOG.md).
 demo: .venv/run
@@ -18,6 +19,9 @@ test: .venv/test
 # Strict: a warning, such as a link to nowhere, is an error.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+page: .venv/test .venv/serve
+	$(BIN)/python -m pytest -m page tests/test_page.py
 
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak tests/test_soak.py
@@ -33,6 +37,10 @@ clean:
 
 .venv/docs: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.venv/serve: .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 # torch comes first and by its exact version, or pip would fetch the build with CUDA.
