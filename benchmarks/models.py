@@ -1,132 +1,128 @@
-"""The networks of a Stable Diffusion in two sizes, with random weights."""
+"""The models that are measured, as the project runs them, with random weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from slam_jax import pipeline, students
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.distill import step
-from slam_jax.nets import clip, unet, vae
+from slam_jax.nets import lora
+from slam_jax.shapes import SDXLText
+from slam_jax.weights import architectures, pretrained
 
 GAMMA_DIM = 256
-SCALING_FACTOR = 0.18215
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
+# Of configs/sdxl_lora.py.
+_LORA_TARGETS = (
+    "to_[qkv]", r"to_out\.0", "proj_(in|out)", r"ff\.net\.0\.proj", r"ff\.net\.2", "conv[12]",
+    "conv_shortcut", r"(down|up)samplers\.0\.conv", "time_emb_proj",
+)  # fmt: skip
+_TINY = {
+    "unet": dict(
+        block_out_channels=[48, 96], layers_per_block=1, attention_head_dim=4,
+        down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+        cross_attention_dim=64, norm_num_groups=8,
+    ),
+    "vae": dict(
+        block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+    ),
+    "text_encoder": dict(
+        vocab_size=700, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=77, layer_norm_eps=1e-5,
+        hidden_act="quick_gelu",
+    ),
+}  # fmt: skip
+
+
+class Lora(NamedTuple):
+    """What a LoRA adds, and to which modules."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
 
 
 class Size(NamedTuple):
-    """What a model folder's config.json files say of the networks, and the image's side."""
+    """A model, its parameters as shapes, and the side of its images in pixels."""
 
-    unet: dict
-    vae: dict
-    text_encoder: dict
+    model: pretrained.Pretrained
     image_size: int
+    lora: Lora | None  # None: all of the student is trained
 
 
-TINY = Size(
-    unet={
-        "block_out_channels": [48, 96],
-        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        "layers_per_block": 1,
-        "attention_head_dim": 4,
-        "cross_attention_dim": 64,
-        "norm_num_groups": 8,
-    },
-    vae={"block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8},
-    text_encoder={
-        "vocab_size": 700,
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 77,
-        "layer_norm_eps": 1e-5,
-        "hidden_act": "quick_gelu",
-    },
-    image_size=32,
-)
-SD15 = Size(
-    unet={"attention_head_dim": 8, "cross_attention_dim": 768},
-    vae={"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2},
-    text_encoder={
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "layer_norm_eps": 1e-5,
-        "hidden_act": "quick_gelu",
-    },
-    image_size=512,
-)
-SIZES = {"tiny": TINY, "sd15": SD15}
+class Start(NamedTuple):
+    """The parameters that a run starts with."""
+
+    student: Any  # what is trained of it
+    teacher: Any
+    vae: Any
+    text_encoder: Any  # a pair in SDXL
 
 
-class Models(NamedTuple):
-    """The four modules, all of one compute dtype."""
+def _tiny() -> Size:
+    """The networks of the demo."""
+    networks = {
+        part.name: pretrained.Component(_TINY[part.name], part.template(_TINY[part.name]))
+        for part in (pretrained.UNET, pretrained.VAE, pretrained.TEXT_ENCODER)
+    }
+    like = architectures.find("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    return Size(like._replace(**networks), 32, None)
 
-    student: unet.UNet2DConditionModel
-    teacher: unet.UNet2DConditionModel
-    vae: vae.AutoencoderKL
-    text_encoder: clip.CLIPTextModel
+
+def _sd15() -> Size:
+    return Size(architectures.find("stable-diffusion-v1-5/stable-diffusion-v1-5"), 512, None)
 
 
-def build(size: Size, dtype: DTypeLike, remat: bool) -> Models:
-    """The modules of a size; the student alone is differentiated, so it alone takes remat."""
-    student = {**size.unet, "time_cond_proj_dim": GAMMA_DIM}
-    return Models(
-        student=unet.from_config(student, dtype=dtype, remat=remat),
-        teacher=unet.from_config(size.unet, dtype=dtype),
-        vae=vae.from_config(size.vae, dtype=dtype),
-        text_encoder=clip.from_config(size.text_encoder, dtype=dtype),
+def _sd21() -> Size:
+    return Size(architectures.find("stabilityai/stable-diffusion-2-1"), 768, None)
+
+
+def _sdxl_lora() -> Size:
+    found = architectures.find("stabilityai/stable-diffusion-xl-base-1.0")
+    return Size(found, 1024, Lora(64, 64.0, _LORA_TARGETS))
+
+
+SIZES: dict[str, Callable[[], Size]] = {
+    "tiny": _tiny, "sd15": _sd15, "sd21": _sd21, "sdxl_lora": _sdxl_lora
+}  # fmt: skip
+
+
+def nets(size: Size, dtype: DTypeLike, remat: bool) -> step.Nets:
+    """The networks as the train step takes them; the student alone takes remat."""
+    config = students.student_config(size.model.unet.config, GAMMA_DIM)
+    student, student_params = pipeline.student, step.all_trained
+    if size.lora:
+        student = pipeline.lora_student
+        student_params = partial(lora.merge, scale=size.lora.alpha / size.lora.rank)
+    return step.Nets(
+        student=student(config, dtype, remat),
+        student_params=student_params,
+        teacher=pipeline.teacher(size.model.unet.config, dtype),
+        encode_image=pipeline.encode_image(size.model.vae.config, dtype),
+        encode_text=pipeline.encode_text(size.model, dtype),
     )
 
 
-def diffusion() -> tuple[schedule.Schedule, parameterization.Prediction]:
-    """Stable Diffusion 1.5's schedule and parameterization."""
-    return schedule.from_config(SCHEDULE), parameterization.prediction_from_config(SCHEDULE)
+def diffusion(size: Size) -> tuple[schedule.Schedule, parameterization.Prediction]:
+    """The model's schedule and parameterization."""
+    scheduler = size.model.scheduler
+    return schedule.from_config(scheduler), parameterization.prediction_from_config(scheduler)
 
 
-def latent_shape(size: Size) -> tuple[int, int, int]:
-    """[h, w, C] of one latent."""
-    side = size.image_size // 2 ** (len(size.vae["block_out_channels"]) - 1)
-    return side, side, 4
-
-
-def parameter_shapes(models: Models, size: Size) -> dict[str, Any]:
-    """Trees of ShapeDtypeStruct, one for each network; nothing is allocated."""
-    side = size.image_size
-    sample = _floats(1, *latent_shape(size))
-    text = _floats(1, 77, size.unet["cross_attention_dim"])
+def parameter_shapes(size: Size) -> dict[str, Any]:
+    """Trees of ShapeDtypeStruct, one for each frozen network; nothing is allocated."""
     return {
-        "student": _shapes(models.student, sample, _integers(1), text, _floats(1, GAMMA_DIM)),
-        "teacher": _shapes(models.teacher, sample, _integers(1), text),
-        "vae": _shapes(models.vae, _floats(1, side, side, 3)),
-        "text_encoder": _shapes(models.text_encoder, _integers(1, 77)),
+        "teacher": size.model.unet.params,
+        "vae": size.model.vae.params,
+        "text_encoder": pipeline.text_params(size.model),
     }
-
-
-def _floats(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _integers(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-
-def _shapes(net: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Any:
-    return jax.eval_shape(lambda *x: net.init(jax.random.key(0), *x), *inputs)["params"]
 
 
 def random_parameters(shapes: Any) -> Any:
@@ -145,41 +141,71 @@ def random_parameters(shapes: Any) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-def student(models: Models) -> Callable:
-    """(params, x, t, text, gamma) -> raw output."""
+def start(size: Size, dtype: DTypeLike, parameters: Mapping[str, Any]) -> Start:
+    """What training starts with: frozen networks as they are kept, the student as the teacher.
 
-    def call(params, x, t, text, gamma):
-        embedding = parameterization.gamma_embedding(gamma, GAMMA_DIM)
-        return models.student.apply({"params": params}, x, t, text, embedding)
-
-    return call
-
-
-def encode_text(models: Models) -> Callable:
-    """(params, batch) -> text."""
-    return lambda params, batch: models.text_encoder.apply({"params": params}, batch["input_ids"])
+    parameters: float32, like parameter_shapes.
+    """
+    teacher = size.model.unet._replace(params=parameters["teacher"])
+    rng = np.random.default_rng(0)
+    student = students.student_of(teacher, GAMMA_DIM, students.random_cond_proj, rng)
+    if size.lora:
+        student = students.lora_of(teacher, student, size.lora.targets, size.lora.rank, rng)
+    return Start(student.params, **at_rest(dtype)(dict(parameters)))
 
 
-def decode(models: Models) -> Callable:
-    """(params, scaled latent) -> image in about [-1, 1]."""
+def at_rest(dtype: DTypeLike) -> Callable[[Any], Any]:
+    """Trees of frozen networks' parameters -> as they are kept on the devices."""
+    keep = pipeline.at_rest(dtype)
 
-    def call(params, latent):
-        latent = latent / SCALING_FACTOR
-        return models.vae.apply({"params": params}, latent, method=models.vae.decode)
+    def kept(path: tuple, parameter: Any) -> Any:
+        # A tuple's entries have no key: SDXL's two text encoders are one.
+        names = tuple(each.key for each in path if hasattr(each, "key"))
+        # Asked with one number of as many dimensions, since shapes have no values to be cast.
+        kind = keep(names, np.ones((1,) * parameter.ndim, np.float32)).dtype
+        return parameter if parameter.dtype == kind else parameter.astype(kind)
 
-    return call
+    return partial(jax.tree_util.tree_map_with_path, kept)
 
 
-def training_nets(models: Models) -> step.Nets:
-    """The networks as the train step takes them."""
+def examples(size: Size, batch: int, cached: bool) -> dict[str, np.ndarray]:
+    """A batch of random tokens, and pixels or, as a cache holds them, moments of latents."""
+    rng = np.random.default_rng(1)
+    side = size.image_size
+    if cached:
+        height, width, channels = pipeline.latent_shape(size.model, side)
+        moments = rng.standard_normal((batch, height, width, 2 * channels), np.float32)
+        pictures = {"moments": moments.astype(jnp.bfloat16)}
+    else:
+        pictures = {"image": rng.integers(0, 256, (batch, side, side, 3), np.uint8)}
+    return pictures | tokens(size, batch)
 
-    def teacher(params, x, t, text):
-        return models.teacher.apply({"params": params}, x, t, text)
 
-    def encode_image(params, batch, posterior_key):
-        image = batch["image"].astype(jnp.float32) / 127.5 - 1.0
-        posterior = models.vae.apply({"params": params}, image, method=models.vae.encode)
-        noise = jax.random.normal(posterior_key, posterior.mean.shape)
-        return SCALING_FACTOR * (posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise)
+def tokens(size: Size, batch: int) -> dict[str, np.ndarray]:
+    """Random prompts as the tokenizers give them."""
+    ids = np.random.default_rng(2).integers(0, 700, (batch, 77), np.int32)
+    if size.model.text_encoder_2 is None:
+        return {"input_ids": ids}
+    sizes = np.array([size.image_size, size.image_size, 0, 0] + 2 * [size.image_size], np.int32)
+    return {"input_ids": ids, "input_ids_2": ids, "time_ids": np.tile(sizes, (batch, 1))}
 
-    return step.Nets(student(models), step.all_trained, teacher, encode_image, encode_text(models))
+
+def null_text(size: Size, nets: step.Nets) -> np.ndarray | SDXLText:
+    """Random numbers in the place of the empty prompt's text; zeros in SDXL."""
+    shape = jax.eval_shape(
+        nets.encode_text, pipeline.text_params(size.model), tokens(size, 1)
+    )  # fmt: skip
+    if isinstance(shape, SDXLText):
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shape)
+    return np.random.default_rng(3).standard_normal(shape.shape, np.float32)
+
+
+def counts(size: Size) -> dict[str, int]:
+    """Numbers in each network; student: in what is trained of it."""
+    trees = jax.eval_shape(partial(start, size, jnp.float32), parameter_shapes(size))
+    return {name: count(tree) for name, tree in trees._asdict().items()}
+
+
+def count(tree: Any) -> int:
+    """Numbers in a tree of arrays or of their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Compile a program, run it a few times, and print what it cost as one line of JSON."""
+"""Run implementations of one program in turns, and print what each cost as a line of JSON."""
 
 import argparse
 import datetime
@@ -8,8 +8,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,15 +17,30 @@ import numpy as np
 from benchmarks import models
 from slam_jax import flops
 
+IMPLEMENTATIONS = ("jax", "torch", "torch_compile")
+
+
+class Runner(NamedTuple):
+    """An implementation that is ready to run."""
+
+    call: Callable[[], Any]  # one call, until its results are there; returns what is to be finite
+    figures: dict[str, Any]  # what its line says besides the times
+
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options that both programs have."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--size", choices=models.SIZES, default="tiny")
+    options.add_argument(
+        "--impl", nargs="+", choices=IMPLEMENTATIONS, default=["jax"], help="run in turns"
+    )
     options.add_argument("--batch", type=positive, default=8, help="images per call")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument(
-        "--repeat", type=positive, default=10, help="timed calls, after one untimed"
+        "--repeat", type=positive, default=10, help="timed calls, after some untimed"
+    )
+    options.add_argument(
+        "--compile_mode", default="default", help="of torch.compile, such as reduce-overhead"
     )
     options.add_argument(
         "--dry_run", action="store_true", help="trace only: print sizes, allocate nothing"
@@ -42,31 +57,67 @@ def positive(text: str) -> int:
 
 
 def report(
-    program: str, function: Callable, arguments: Callable, shapes: Any, options: argparse.Namespace
-) -> None:
-    """Prints the line.
+    program: str, options: argparse.Namespace, shared: Mapping[str, Any],
+    runners: Mapping[str, Runner],
+) -> None:  # fmt: skip
+    """Runs them in turns, A B A B, and prints a line for each.
 
-    function(carry, *rest) -> (carry, output) is timed, each call taking the carry that the one
-    before returned. arguments(parameters) -> (carry, *rest); shapes: those of the parameters.
+    shared: what all lines say.
     """
-    line = {
-        "program": program,
-        **vars(options),
-        "parameters": {name: _size(tree) for name, tree in shapes.items()},
-        **surroundings(),
-    }
+    common = {**shared, **surroundings()}
     if options.dry_run:
-        inputs = jax.eval_shape(arguments, shapes)
-        line["flops"] = flops.count(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
-    else:
-        inputs = jax.device_put(arguments(jax.device_put(models.random_parameters(shapes))))
-        line |= measure(function, inputs, options.repeat)
+        print(json.dumps({"program": program, **vars(options), **common}), flush=True)
+        return
+    seconds = {name: [] for name in runners}
+    for _ in range(options.repeat):
+        for name, runner in runners.items():
+            seconds[name].append(_timed(runner, name))
+    for name, runner in runners.items():
+        line = {
+            "program": program, **vars(options), "impl": name, "in_turns_with": [*runners],
+            **common, **runner.figures, "device_peak_bytes": _peak(name),
+            **_spread(seconds[name]),
+        }  # fmt: skip
         line["images_per_s"] = round(1e3 * options.batch / line["ms"], 3)
-    print(json.dumps(line), flush=True)
+        line["tflops_per_s"] = round(1e-9 * line["flops"] / line["ms"], 4)
+        if name != "jax" and "jax" in runners:
+            ratios = [a / b for a, b in zip(seconds[name], seconds["jax"], strict=True)]
+            line["ms_over_jax"] = round(statistics.median(ratios), 3)
+        print(json.dumps(line), flush=True)
 
 
-def _size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def _timed(runner: Runner, name: str) -> float:
+    started = time.perf_counter()
+    output = runner.call()
+    seconds = time.perf_counter() - started
+    # NaN and infinity can take another time than numbers.
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(output))):
+        raise FloatingPointError(f"what {name} computes is not finite: its time means nothing")
+    return seconds
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    """Median, quartiles and range."""
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    values = {
+        "ms": median, "ms_min": min(seconds), "ms_q1": low, "ms_q3": high, "ms_max": max(seconds)
+    }  # fmt: skip
+    return {name: round(1e3 * float(value), 3) for name, value in values.items()}
+
+
+def _peak(name: str) -> int | None:
+    """Most memory in use since the process started; null on a CPU, and torch has its own."""
+    if name != "jax":
+        # Here, since a machine without torch runs the rest.
+        from benchmarks import torch_nets
+
+        return torch_nets.peak_bytes()
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def count(function: Callable, *inputs: Any) -> int:
+    """FLOPs of a call, from shapes alone."""
+    return flops.count(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
 
 
 def surroundings() -> dict[str, Any]:
@@ -92,42 +143,30 @@ def _commit() -> str:
         return "unknown"
 
 
-def measure(function: Callable, inputs: tuple, repeat: int) -> dict[str, float | int | None]:
-    """Times one call, ahead-of-time compiled and its carry donated, until its results are there."""
+def of_jax(function: Callable, inputs: tuple) -> Runner:
+    """function(carry, *rest) -> (carry, output), compiled ahead of time and its carry donated.
+
+    Each call takes the carry that the one before returned.
+    """
     started = time.perf_counter()
     traced = jax.jit(function, donate_argnums=0).trace(*inputs)
     lowered = traced.lower()
     traced_at = time.perf_counter()
     compiled = lowered.compile()
     compiled_at = time.perf_counter()
-    seconds = _run(compiled, inputs, repeat)
-    median = statistics.median(seconds)
-    operations = flops.count(traced.jaxpr.jaxpr)
-    return {
-        "ms": round(1e3 * median, 3),
-        "ms_min": round(1e3 * min(seconds), 3),
-        "ms_max": round(1e3 * max(seconds), 3),
+    carry, *rest = inputs
+    held = [carry]
+
+    def call() -> Any:
+        held[0], output = jax.block_until_ready(compiled(held[0], *rest))
+        return output
+
+    return Runner(call, {
         "trace_s": round(traced_at - started, 2),
         "compile_s": round(compiled_at - traced_at, 2),
-        "flops": operations,
-        "tflops_per_s": round(1e-12 * operations / median, 4),
+        "executed_flops": flops.count(traced.jaxpr.jaxpr),
         **_compiler_view(compiled),
-        "device_peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-    }
-
-
-def _run(compiled: Callable, inputs: tuple, repeat: int) -> list[float]:
-    """Seconds of each call but the first, which also tunes and allocates."""
-    carry, *rest = inputs
-    seconds = []
-    for _ in range(1 + repeat):
-        started = time.perf_counter()
-        carry, output = jax.block_until_ready(compiled(carry, *rest))
-        seconds.append(time.perf_counter() - started)
-    # NaN and infinity can take another time than numbers.
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(output))):
-        raise FloatingPointError("the program's output is not finite: its time means nothing")
-    return seconds[1:]
+    })  # fmt: skip
 
 
 def _compiler_view(compiled: jax.stages.Compiled) -> dict[str, int | None]:

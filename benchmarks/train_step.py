@@ -1,5 +1,6 @@
 """Time one train step: VAE and text encoding, teacher, student, target, gradient, AdamW, EMA."""
 
+import argparse
 import pathlib
 import sys
 from functools import partial
@@ -9,42 +10,66 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks import models, timing
-from slam_jax.diffusion import solver, subpath
-from slam_jax.distill import gamma, loss, optimizer, state, step
+from benchmarks import models, recipe, timing
+from slam_jax import pipeline
+from slam_jax.distill import loss, step
 
-ADAMW = optimizer.adamw(8e-6, 0, 1.0, 0.0, 0.9, 0.999, 1e-8)
+# Steps before the clock runs. All implementations draw the same in them, and print their losses.
+_UNTIMED = 2
 
 
-def method(solver_steps: int) -> loss.Method:
-    """SPLAM as released, with sub-paths of `solver_steps` steps of the teacher's solver."""
-    schedule, prediction = models.diffusion()
-    return loss.checked(
-        loss.Method(
-            schedule, prediction, solver.start_grid(50, 1000), 20 * solver_steps, 20, 8.0,
-            subpath.told_t(subpath.sigma_markov), loss.pseudo_huber(1e-3), gamma.uniform,
-        )
+def _jax(nets: step.Nets, chosen: loss.Method, inputs: tuple) -> timing.Runner:
+    runner = timing.of_jax(recipe.train_step(nets, chosen), jax.device_put(inputs))
+    losses = [float(jax.device_get(runner.call()["loss"])) for _ in range(_UNTIMED)]
+    return runner._replace(figures=runner.figures | {"first_losses": losses})
+
+
+def _torch(
+    size: models.Size, chosen: loss.Method, options: argparse.Namespace, parameters: dict,
+    examples: dict, null_text, *, compiled: bool,
+) -> timing.Runner:  # fmt: skip
+    # Here, since a machine without torch and diffusers runs the rest.
+    from benchmarks import torch_step
+
+    stepper = torch_step.build(
+        size, models.start(size, jnp.float32, parameters), null_text, dtype=options.dtype,
+        solver_steps=options.steps, remat=options.remat,
+        compile_mode=options.compile_mode if compiled else None,
     )  # fmt: skip
+    x_0 = jnp.zeros((options.batch, *pipeline.latent_shape(size.model, size.image_size)))
+    first = [jax.device_get(recipe.draws(number, x_0, chosen)) for number in range(_UNTIMED)]
+    return torch_step.runner(stepper, examples, first)
 
 
-def arguments(size: models.Size, batch: int, parameters: dict) -> tuple:
-    """(state, frozen, batch, key), the batch of one microbatch of random pixels and tokens."""
-    rng = np.random.default_rng(1)
-    side, width = size.image_size, size.unet["cross_attention_dim"]
-    frozen = state.Frozen(
-        teacher=parameters["teacher"],
-        vae=parameters["vae"],
-        text_encoder=parameters["text_encoder"],
-        null_text=jnp.asarray(rng.standard_normal((1, 77, width), np.float32)),
-    )
-    examples = {
-        "image": rng.integers(0, 256, (1, batch, side, side, 3), np.uint8),
-        "input_ids": rng.integers(0, 700, (1, batch, 77), np.int32),
-    }
-    start = jax.jit(state.init, static_argnums=1)(parameters["student"], ADAMW)
-    return start, frozen, examples, jax.random.key(0)
+def _flops(size: models.Size, chosen: loss.Method, options: argparse.Namespace) -> int:
+    """Of the algorithm: nothing is recomputed, whatever the options say."""
+    dtype = jnp.dtype(options.dtype)
+    nets = models.nets(size, dtype, remat=False)
+    examples = models.examples(size, options.batch, options.cached)
+    arguments = partial(recipe.arguments, size, nets, dtype, examples)
+    shapes = jax.eval_shape(arguments, models.parameter_shapes(size))
+    return timing.count(recipe.train_step(nets, chosen), *shapes)
+
+
+def _runners(
+    size: models.Size, chosen: loss.Method, options: argparse.Namespace
+) -> dict[str, timing.Runner]:
+    dtype = jnp.dtype(options.dtype)
+    nets = models.nets(size, dtype, options.remat)
+    parameters = models.random_parameters(models.parameter_shapes(size))
+    examples = models.examples(size, options.batch, options.cached)
+    runners = {}
+    for name in options.impl:
+        if name == "jax":
+            inputs = recipe.arguments(size, nets, dtype, examples, parameters)
+            runners[name] = _jax(nets, chosen, inputs)
+        else:
+            runners[name] = _torch(
+                size, chosen, options, parameters, examples, models.null_text(size, nets),
+                compiled=name == "torch_compile",
+            )  # fmt: skip
+    return runners
 
 
 def main() -> None:
@@ -53,15 +78,16 @@ def main() -> None:
         "--steps", type=timing.positive, default=1, help="solver steps of the teacher's walk"
     )
     parser.add_argument("--remat", action="store_true", help="recompute blocks going backwards")
+    parser.add_argument("--cached", action="store_true", help="latents as a cache holds them")
     options = parser.parse_args()
-    size = models.SIZES[options.size]
-    nets = models.build(size, jnp.dtype(options.dtype), options.remat)
-    function = partial(
-        step.train_step, nets=models.training_nets(nets), method=method(options.steps),
-        optimizer=ADAMW, ema_rate=0.95, num_steps=1000, max_grad_norm=1e3,
-    )  # fmt: skip
-    shapes = models.parameter_shapes(nets, size)
-    timing.report("train_step", function, partial(arguments, size, options.batch), shapes, options)
+    size = models.SIZES[options.size]()
+    chosen = recipe.method(size, options.steps)
+    shared = {
+        "flops": _flops(size, chosen, options),
+        "parameters": models.counts(size),
+    }
+    runners = {} if options.dry_run else _runners(size, chosen, options)
+    timing.report("train_step", options, shared, runners)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks print their line, count FLOPs right, and need no more than they promise."""
 
 import ast
+import collections
 import importlib
 import json
 import os
@@ -8,29 +9,36 @@ import pathlib
 import subprocess
 import sys
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
-from slam_jax import flops
+from slam_jax import flops, pipeline
+from slam_jax.diffusion import sampler
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 comparison = importlib.import_module("benchmarks.comparison")
+models = importlib.import_module("benchmarks.models")
 
 # Runs programs one after the other in one process (argv: a line each) in which all else that the
-# project ever imports is missing, as on a machine with jax and flax alone.
+# project ever imports is missing, as on a machine with jax, flax and safetensors alone.
 RUNNER = """
 import runpy, shlex, sys
 
 class Missing:
     NAMES = {
-        "safetensors", "ml_collections", "grain", "array_record", "tokenizers", "orbax", "PIL",
+        "ml_collections", "grain", "array_record", "tokenizers", "orbax", "PIL",
         "tensorboardX", "tqdm", "torch", "diffusers", "transformers", "huggingface_hub",
         "beartype", "pytest",
     }
-    OURS = {"nets", "diffusion", "distill", "shapes", "errors", "flops"}
+    OURS = {
+        "nets", "diffusion", "distill", "shapes", "errors", "flops", "weights", "pipeline",
+        "students", "runtime",
+    }
 
     def find_spec(self, name, path=None, target=None):
         top, _, rest = name.partition(".")
@@ -60,7 +68,8 @@ def _lines(*programs):
 def _check(line, program, batch):
     assert (line["program"], line["size"], line["batch"]) == (program, "tiny", batch)
     assert line["device"] == "cpu" and line["jax"] == jax.__version__
-    assert 0 < line["ms_min"] <= line["ms"] <= line["ms_max"]
+    quantiles = [line[name] for name in ("ms_min", "ms_q1", "ms", "ms_q3", "ms_max")]
+    assert quantiles[0] > 0 and quantiles == sorted(quantiles)
     assert line["images_per_s"] == pytest.approx(1e3 * batch / line["ms"], rel=1e-2)
     assert line["trace_s"] > 0 and line["compile_s"] > 0
     assert line["device_peak_bytes"] is None
@@ -69,10 +78,59 @@ def _check(line, program, batch):
 
 
 def test_train_step_prints_what_a_call_costs():
-    (line,) = _lines("benchmarks/train_step.py --batch 1 --repeat 1")
+    (line,) = _lines("benchmarks/train_step.py --batch 1 --repeat 1 --remat --cached")
     _check(line, "train_step", 1)
+    # The algorithm's: what is recomputed does not count.
+    assert 1.05 < line["executed_flops"] / line["flops"] < 1.2
     # XLA adds element-wise operations and leaves out padding: both matter in networks so small.
-    assert line["flops"] == pytest.approx(line["cost_analysis_flops"], rel=0.25)
+    assert line["executed_flops"] == pytest.approx(line["cost_analysis_flops"], rel=0.25)
+
+
+def test_torch_takes_the_same_steps():
+    """From equal weights and draws; the second step's loss tells of the update before it."""
+    done = subprocess.run(
+        [
+            sys.executable, "benchmarks/train_step.py", "--impl", "torch", "jax", "--batch", "2",
+            "--repeat", "1", "--steps", "2",
+        ],
+        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    torchs, ours = map(json.loads, done.stdout.splitlines())
+    assert (torchs["impl"], ours["impl"]) == ("torch", "jax")
+    assert torchs["first_losses"] == pytest.approx(ours["first_losses"], rel=1e-4)
+    first, second = ours["first_losses"]
+    assert abs(first - second) > 1e-3 * first
+    assert torchs["flops"] == ours["flops"] and torchs["in_turns_with"] == ["torch", "jax"]
+    assert torchs["ms_over_jax"] == pytest.approx(torchs["ms"] / ours["ms"], rel=1e-2)
+
+
+def test_torch_draws_the_same_pictures():
+    """In one step, which adds no noise of its own."""
+    torch_sampler = importlib.import_module("benchmarks.torch_sampler")
+    size, batch = models.SIZES["tiny"](), 2
+    start = models.start(size, jnp.float32, models.random_parameters(models.parameter_shapes(size)))
+    prompts = models.tokens(size, batch)
+    noise = np.random.default_rng(4).standard_normal((1, batch, 8, 8, 4), np.float32)
+    sample = torch_sampler.build(
+        size, start, prompts, dtype="float32", num_steps=1, decodes=True, compile_mode=None
+    )
+    drawn = sample(torch.from_numpy(noise[0]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+
+    nets = models.nets(size, jnp.float32, remat=False)
+    decode = pipeline.decode(size.model.vae.config, jnp.float32)
+    few_step = pipeline.few_step(nets.student, decode, *models.diffusion(size), 1, 50)
+    text = jax.jit(nets.encode_text)(start.text_encoder, prompts)
+    ours = jax.jit(few_step)(start.student, start.vae, text, noise)
+    np.testing.assert_allclose(drawn, ours, atol=1e-4)
+    assert ours.std() > 0.05
+
+
+def test_torch_samples_at_the_same_times():
+    scheduler = diffusers.LCMScheduler(beta_schedule="scaled_linear")
+    for steps in (1, 2, 4, 8):
+        scheduler.set_timesteps(steps, original_inference_steps=50)
+        assert scheduler.timesteps.tolist() == sampler.few_step_times(steps).tolist()
 
 
 def test_sampler_prints_what_a_call_costs():
@@ -202,7 +260,16 @@ def test_flops_of_convolutions_and_their_gradients():
 
 ALLOWED = {"jax", "flax", "optax", "numpy", "absl", "jaxtyping", "benchmarks", "slam_jax"}
 # They measure what a bare machine lacks, or need the demo's own teacher and drawings.
-NEED_MORE = {"data.py", "synthetic.py", "checkpoint.py", "laboratory.py"}
+NEED_MORE = {
+    "data.py",
+    "synthetic.py",
+    "checkpoint.py",
+    "laboratory.py",
+    "overhead.py",
+    "torch_nets.py",
+    "torch_step.py",
+    "torch_sampler.py",
+}
 FOLDERS = ("benchmarks", "slam_jax/nets", "slam_jax/diffusion", "slam_jax/distill")
 
 
@@ -221,6 +288,34 @@ def test_imports_stay_within_what_a_bare_machine_has(folder):
             for name in names:
                 top = name.partition(".")[0]
                 assert top in ALLOWED | sys.stdlib_module_names, f"{path}:{node.lineno}: {name}"
+
+
+# In the place of python: says what it is asked to run, and fails for one program.
+INTERPRETER = """#!/bin/sh
+if [ "$1" = -c ]; then exec {python} "$@"; fi
+shift 2
+case "$*" in *train_step*torch*) echo "out of memory" >&2; exit 1 ;; esac
+echo "{{\\"program\\": \\"$*\\"}}"
+"""
+
+
+def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(INTERPRETER.format(python=sys.executable))
+    interpreter.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHON": str(interpreter), "SIZE": "tiny", "DEVICE_NAME": "Some GPU 9"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert "train_step" in failure and failure.endswith("torch torch_compile: out of memory")
+    (results,) = tmp_path.glob("*-some-gpu-9.jsonl")
+    commands = [json.loads(line)["program"] for line in results.read_text().splitlines()]
+    kinds = collections.Counter(pathlib.PurePath(each.split()[0]).stem for each in commands)
+    assert kinds == {"peak": 1, "train_step": 2, "sampler": 8, "overhead": 1}
+    for command in commands[1:-1]:
+        assert "--size tiny --dtype bfloat16 --repeat 10" in command
 
 
 def _answers(folder, name, seed, quality):

@@ -56,6 +56,10 @@ PLACES = (
         rf"{EXPORT}.*--format lora",
         "tests/test_export.py::test_a_lora_run_is_exported_in_every_form",
     ),
+    (
+        r"python -m slam_jax\.report ",
+        "tests/test_run_report.py::test_the_program_says_where_it_is",
+    ),
     (EXPORT, "tests/test_export.py::test_torch_draws_the_same_images_from_every_format"),
     (r"python benchmarks/scaling\.py", "tests/test_scaling.py::test_dp_sums_the_gradients"),
     (r"python benchmarks/data\.py", "tests/test_benchmarks.py::test_data_prints_a_line"),
@@ -157,7 +161,7 @@ def test_the_site_is_built(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     pages = {path.stem: path.read_text("utf-8") for path in tmp_path.glob("*.html")}
     for page, wanted in {
-        "cli": ["--in_parts", "--init_image", "--watch_once", "--extract_lora", "--num_workers"],
+        "cli": ["--topology", "--init_image", "--watch_once", "--extract_lora", "--num_workers"],
         "config": ["distill.sigma", "markov (as released), ddim, fixed, matched"],
         "design": ["<code>diffusion/</code>", "diffusion, errors, shapes"],
         "notebook": ["data:image/png;base64,", "incremental_update"],

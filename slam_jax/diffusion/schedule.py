@@ -91,22 +91,23 @@ def _betas(settings: Mapping) -> np.ndarray:
 
 
 def _number(settings: Mapping, key: str) -> float:
-    """A positive number; UserError for anything else, or for what no schedule can be made of."""
+    """A number from 0; UserError for anything else, or for what no schedule can be made of."""
     value = settings[key]
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= _MOST_TIMESTEPS:
+    if not is_number or not 0 <= value <= _MOST_TIMESTEPS:
         raise UserError(
-            f"scheduler config: {key} {value!r} must be a positive number; use the "
+            f"scheduler config: {key} {value!r} must be a number and not negative; use the "
             "scheduler_config.json the model was trained with"
         )
-    return value
+    return float(value)
 
 
 def _trained(betas: object) -> np.ndarray:
     try:
-        return _checked(np.asarray(betas, np.float64))
+        array = np.asarray(betas, np.float64)
     except (ValueError, TypeError, OverflowError):
         raise UserError("scheduler config: trained_betas must be a list of numbers") from None
+    return _checked(array)
 
 
 def _checked(betas: np.ndarray) -> np.ndarray:

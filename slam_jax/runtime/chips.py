@@ -56,6 +56,11 @@ def find(devices: Sequence) -> Chip | None:
     return None
 
 
+def named(name: str) -> Chip:
+    """The chip whose name here that is; KeyError if there is none."""
+    return {chip.name: chip for _, chip in _CHIPS}[name]
+
+
 def _num_sharing(devices: Sequence) -> int:
     if devices[0].platform != "tpu":
         return 1

@@ -49,3 +49,26 @@ def test_attention_logits_do_not_overflow_float16():
     expected = weights / weights.sum(axis=-1, keepdims=True) @ v
     out = attention.attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value))
     np.testing.assert_allclose(out[0, :, 0], expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0], ids=["even weights", "few weights are all"])
+def test_attend_and_its_gradient_are_torchs(scale):
+    rng = np.random.default_rng(0)
+    inputs = [scale * rng.normal(size=(2, n, 3, 5)).astype(np.float32) for n in (6, 7, 7)]
+    weight = rng.normal(size=(2, 6, 3, 5)).astype(np.float32)
+
+    def total(*inputs):
+        mixed = attention.attend(*inputs)
+        return jnp.sum(weight * mixed), mixed
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
+    ours, mixed = jax.device_get(gradient(*map(jnp.asarray, inputs)))
+    theirs = [torch.from_numpy(each).requires_grad_() for each in inputs]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*(x.swapaxes(1, 2) for x in theirs))
+    wanted = wanted.swapaxes(1, 2)
+    (torch.from_numpy(weight) * wanted).sum().backward()
+    np.testing.assert_allclose(mixed, wanted.detach().numpy(), rtol=1e-5, atol=1e-5 * scale)
+    for name, got, each in zip(("query", "key", "value"), ours, theirs, strict=True):
+        np.testing.assert_allclose(
+            got, each.grad.numpy(), rtol=1e-5, atol=1e-5 * scale, err_msg=name
+        )
