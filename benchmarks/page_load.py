@@ -67,12 +67,12 @@ def load(url: str, clients: int, seconds: float) -> tuple[list[float], int]:
 def ask(url: str, prompt: str, seed: int, steps: int) -> Image.Image:
     """The picture. OSError if the page cannot be reached, ValueError if it sends none."""
     request = urllib.request.Request(
-        f"{url}/gradio_api/call/draw", json.dumps({"data": [prompt, seed, steps]}).encode(),
+        f"{url}/gradio_api/call/picture", json.dumps({"data": [prompt, seed, steps]}).encode(),
         {"Content-Type": "application/json"},
     )  # fmt: skip
     with urllib.request.urlopen(request, timeout=60) as answer:
         event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{url}/gradio_api/call/draw/{event}", timeout=60) as answer:
+    with urllib.request.urlopen(f"{url}/gradio_api/call/picture/{event}", timeout=60) as answer:
         told = answer.read().decode()
     # Lines "event: complete" and "data: [...]".
     name, _, data = told.strip().split("\n\n")[-1].partition("\n")

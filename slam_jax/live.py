@@ -27,7 +27,7 @@ _MOST_BYTES = 64 * 1024  # of a request's body
 _SERVED = re.compile(
     r"/(|config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(assets|static|svelte)/.+"
     r"|gradio_api/(info|startup-events|app_id|theme\.css|cancel|reset|heartbeat/\w+"
-    r"|queue/(join|data)|call/draw(/\w+)?))/?"
+    r"|queue/(join|data)|call/picture(/\w+)?))/?"
 )
 # The browser fetches nothing from elsewhere, whatever the page's library would like.
 _HEADERS = [
@@ -39,6 +39,7 @@ _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
 ]
 STYLE = """
+.html-container:has(.picture){padding:0!important}
 .picture{margin:0;text-align:center}
 .picture img,.picture .none{width:100%;aspect-ratio:1;object-fit:contain;background:#8882;
 border-radius:6px;image-rendering:pixelated}
@@ -104,21 +105,22 @@ def shown(asked: Wanted, picture: Picture) -> str:
     keep = "this.href=this.closest('figure').querySelector('img').src"
     return (
         f"<figure class='picture'><img alt='{page.text(notes)}' src='{source}'>"
-        f"<figcaption><b>{_steps(asked.steps)}</b>, {took} "
+        f"<figcaption><b>{_name(asked.model, asked.steps)}</b>, {took} "
         f"<a href='#' download='{name}' onclick=\"{keep}\">download</a></figcaption></figure>"
     )
 
 
-def empty(steps: int, said: str = "") -> str:
+def empty(model: str, steps: int, said: str = "") -> str:
     """Where a picture will be."""
     return (
         "<figure class='picture'><div class='none'></div>"
-        f"<figcaption><b>{_steps(steps)}</b> {page.text(said)}</figcaption></figure>"
+        f"<figcaption><b>{_name(model, steps)}</b> {page.text(said)}</figcaption></figure>"
     )
 
 
-def _steps(count: int) -> str:
-    return f"{count} step" if count == 1 else f"{count} steps"
+def _name(model: str, steps: int) -> str:
+    count = f"{steps} step" if steps == 1 else f"{steps} steps"
+    return f"teacher, {count}" if model == "teacher" else count
 
 
 def remember(

@@ -31,7 +31,7 @@ def build(queue: drawing_queue.Queue, shown: Shown, folder: str) -> Callable[...
 
     with gradio.Blocks(title="slam_jax", analytics_enabled=False) as blocks:
         _lay_out(gradio, blocks, queue, shown)
-        gradio.api(_endpoint(gradio, queue), api_name="draw", concurrency_limit=None)
+        gradio.api(_endpoint(gradio, queue), api_name="picture", concurrency_limit=None)
     # Our own queue is the bound; theirs would let one person's stale requests wait in line.
     blocks.queue(max_size=4 * queue.most, default_concurrency_limit=None)
     app = gradio.mount_gradio_app(
@@ -52,22 +52,20 @@ def _lay_out(gradio: Any, blocks: Any, queue: drawing_queue.Queue, shown: Shown)
         shown.prompt, label="Prompt", max_lines=2, max_length=live.MOST_LETTERS, autofocus=True,
         elem_id="prompt",
     )  # fmt: skip
+    has_teacher = shown.teacher_steps is not None
     with gradio.Row(equal_height=True):
-        seed = gradio.Number(0, label="Seed", precision=0, minimum=0, scale=1, elem_id="seed")
-        locked = gradio.Checkbox(True, label="Keep the seed while typing", scale=1)
-        renew = gradio.Button("New seed", scale=1, elem_id="new_seed")
+        seed = gradio.Number(0, label="Seed", precision=0, minimum=0, min_width=100, elem_id="seed")
+        locked = gradio.Checkbox(True, label="Keep the seed", min_width=100)
+        renew = gradio.Button("New seed", size="md", min_width=100, elem_id="new_seed")
         ask_teacher = gradio.Button(
-            "Compare with the teacher", scale=1, elem_id="compare",
-            visible=shown.teacher_steps is not None,
-        )  # fmt: skip
+            "Draw the teacher's", size="md", min_width=100, elem_id="compare", visible=has_teacher
+        )
     with gradio.Row():
         panels = [
-            gradio.HTML(live.empty(steps), min_width=120, elem_id=f"steps_{steps}")
+            gradio.HTML(live.empty("student", steps), min_width=120, elem_id=f"steps_{steps}")
             for steps in shown.steps
         ]
-        teacher = gradio.HTML(
-            min_width=120, visible=shown.teacher_steps is not None, elem_id="teacher"
-        )
+        teacher = gradio.HTML(_no_teacher(shown), visible=has_teacher, elem_id="teacher")
     status = gradio.Markdown("", elem_id="status")
     gradio.Markdown("**History** (prompt and seed draw the same picture again)")
     history = gradio.HTML(live.history([]), elem_id="history")
@@ -84,6 +82,10 @@ def _lay_out(gradio: Any, blocks: Any, queue: drawing_queue.Queue, shown: Shown)
     ask_teacher.click(compare, [prompt, seed], **common | {"outputs": [teacher, status]})
 
 
+def _no_teacher(shown: Shown) -> str:
+    return "" if shown.teacher_steps is None else live.empty("teacher", shown.teacher_steps)
+
+
 def _drawing(gradio: Any, queue: drawing_queue.Queue, shown: Shown) -> Callable:
     """(prompt, seed, whether it stays, whether it is to be a new one) -> what changes, bit by bit.
 
@@ -97,7 +99,7 @@ def _drawing(gradio: Any, queue: drawing_queue.Queue, shown: Shown) -> Callable:
         session, same = request.session_hash, gradio.skip()
         seed = live.new_seed() if renew or not locked else seed
         panels: list[Any] = [same] * len(shown.steps)
-        teacher = same if shown.teacher_steps is None else live.empty(shown.teacher_steps)
+        teacher = _no_teacher(shown)
         try:
             wanted = live.wanted("student", prompt, seed, shown.steps)
             answers = drawing_queue.put(queue, session, wanted)
@@ -132,7 +134,7 @@ def _comparison(gradio: Any, queue: drawing_queue.Queue, shown: Shown) -> Callab
         except UserError as error:
             yield [gradio.skip(), f"{error}"]
             return
-        yield [live.empty(asked.steps, "drawing …"), gradio.skip()]
+        yield [live.empty("teacher", asked.steps, "drawing …"), gradio.skip()]
         picture = await _awaited(queue, answer)
         if picture is not None:
             yield [live.shown(asked, picture), gradio.skip()]

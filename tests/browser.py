@@ -41,13 +41,12 @@ class Page(NamedTuple):
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, expression: str) -> Any:
-        """Its first value that is true."""
+    async def until(self, expression: str) -> None:
+        """Waits until it is true; elements are."""
         end = time.monotonic() + SECONDS
-        while not (value := await self.value(expression)):
+        while not await self.value(f"Boolean({expression})"):
             assert time.monotonic() < end, f"never true: {expression}"
             await asyncio.sleep(0.05)
-        return value
 
     async def type(self, text: str) -> None:
         """Letter by letter, into what has the focus."""

@@ -205,7 +205,7 @@ def answered(path, method="GET", headers=(), kind="http"):
 @pytest.mark.parametrize("path", [
     "/gradio_api/upload", "/gradio_api/file=/etc/passwd", "/file=x", "/gradio_api/file/x",
     "/gradio_api/proxy=https://a.example", "/gradio_api/stream/x", "/static/../../x",
-    "/gradio_api/vibe-edit", "/monitoring", "/gradio_api/call/other", "/gradio_api/run/draw",
+    "/gradio_api/vibe-edit", "/monitoring", "/gradio_api/call/other", "/gradio_api/run/picture",
     "/login", "/gradio_api/component_server", "//evil",
 ])  # fmt: skip
 def test_nothing_else_is_served(path):
