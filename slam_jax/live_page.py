@@ -75,7 +75,8 @@ def _lay_out(gradio: Any, blocks: Any, queue: drawing_queue.Queue, shown: Shown)
         "trigger_mode": "multiple", "concurrency_limit": None, "api_visibility": "private",
     }  # fmt: skip
     given, always, never = [prompt, seed, locked], gradio.State(True), gradio.State(False)
-    prompt.input(draw, [*given, never], **common)
+    # Not "input", which pasting and input methods do not raise.
+    prompt.change(draw, [*given, never], **common)
     seed.input(draw, [prompt, seed, always, never], **common)
     renew.click(draw, [prompt, seed, locked, always], **common)
     blocks.load(draw, [prompt, seed, always, never], **common)

@@ -51,8 +51,13 @@ class Page(NamedTuple):
     async def type(self, text: str) -> None:
         """Letter by letter, into what has the focus."""
         for letter in text:
-            await self.call("Input.insertText", text=letter)
+            await self.call("Input.dispatchKeyEvent", type="keyDown", key=letter, text=letter)
+            await self.call("Input.dispatchKeyEvent", type="keyUp", key=letter)
             await asyncio.sleep(0.03)
+
+    async def paste(self, text: str) -> None:
+        """All at once."""
+        await self.call("Input.insertText", text=text)
 
     async def screenshot(self, path: Path) -> None:
         """As PNG."""

@@ -73,16 +73,16 @@ async def steps_of(page):
     return [int(re.search(r"(\d+) step", text)[1]) for text in await page.value(shown)]
 
 
-async def replace_prompt(page, text):
-    await page.call("Runtime.evaluate", expression="document.querySelector('#prompt textarea').select()")
-    await page.type(text)
+async def select_prompt(page):
+    await page.value("document.querySelector('#prompt textarea').select()")
 
 
 def test_the_picture_changes_as_one_types(served, tmp_path):
     async def act(page):
         counts = (await steps_of(page))[:4]
         before = [await page.value(PICTURE.format(count)) for count in counts]
-        await replace_prompt(page, "a green triangle left of a yellow circle")
+        await select_prompt(page)
+        await page.type("a green triangle left of a yellow circle")
         await page.until("document.querySelector('#history img')?.alt.endsWith('yellow circle')")
         for count, picture in zip(counts, before, strict=True):
             assert await page.value(PICTURE.format(count)) != picture
@@ -99,8 +99,12 @@ def test_the_picture_changes_as_one_types(served, tmp_path):
 
         await page.value("document.querySelector('#compare').click()")
         await page.until("document.querySelector('#teacher img')")
-        for prompt in ("a blue square above a red circle", "a yellow triangle below a green square"):
-            await replace_prompt(page, prompt)
+        for prompt in (
+            "a blue square above a red circle",
+            "a yellow triangle below a green square",
+        ):
+            await select_prompt(page)
+            await page.paste(prompt)
             await page.until(f"document.querySelector('#history img')?.alt == {prompt!r}")
         await page.value("document.querySelector('#compare').click()")
         await page.until("document.querySelector('#teacher img')")
@@ -119,9 +123,7 @@ def test_a_picture_can_be_downloaded(served, tmp_path):
     folder.mkdir()
 
     async def act(page):
-        await page.call(
-            "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder)
-        )
+        await page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
         await page.value("document.querySelector('#steps_8 figcaption a').click()")
         for _ in range(100):
             if [*folder.glob("*.png")]:
