@@ -5,6 +5,7 @@ given up. What waits for the same model and number of steps is drawn together, s
 need not wait eight times as long as one.
 """
 
+import collections
 import dataclasses
 import itertools
 import threading
@@ -17,6 +18,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from slam_jax.errors import UserError
+
+_MOST_SESSIONS = 1000  # whose newest request is remembered
 
 
 class Wanted(NamedTuple):
@@ -52,6 +55,7 @@ class Queue:
     waiting: list[Waiting]
     changed: threading.Condition  # guards `waiting` and `closed`
     closed: threading.Event
+    newest: collections.OrderedDict[tuple[Hashable, str], float]  # `order` of session and model
     most: int  # pictures that may wait
     batch: int  # pictures that may be drawn at once
 
@@ -63,25 +67,38 @@ def start(
 
     draw: pictures of at most `batch` wanted ones, all of the same model and steps.
     """
-    queue = Queue([], threading.Condition(), threading.Event(), most, batch)
+    queue = Queue(
+        [], threading.Condition(), threading.Event(), collections.OrderedDict(), most, batch
+    )
     threading.Thread(target=_draw_all, args=(queue, draw), daemon=True).start()
     return queue
 
 
-def put(queue: Queue, session: Hashable, wanted: Sequence[Wanted]) -> list[futures.Future]:
-    """Asks for these in place of what the session still waits for of the same models.
+def put(
+    queue: Queue, session: Hashable, wanted: Sequence[Wanted], order: float | None = None
+) -> list[futures.Future]:
+    """Asks for these, all of one model, in place of what the session still waits for of it.
 
-    Each answer is a Picture, or None once a newer request has made it stale. UserError if too many
-    wait already; then the older request stands.
+    Each answer is a Picture, or None once a newer request has made it stale. order: grows from
+    request to request of a session, for such as overtake each other on their way. UserError if too
+    many wait already; then the older request stands.
     """
     now = time.perf_counter()
     new = [Waiting(each, session, now, futures.Future()) for each in wanted]
-    models = {each.model for each in wanted}
+    key = (session, wanted[0].model)
     with queue.changed:
-        stale = [w for w in queue.waiting if w.session == session and w.wanted.model in models]
+        if order is not None and order < queue.newest.get(key, order):
+            _give_up(new)
+            return [each.answer for each in new]
+        stale = [each for each in queue.waiting if (each.session, each.wanted.model) == key]
         if queue.closed.is_set() or len(queue.waiting) - len(stale) + len(new) > queue.most:
             raise UserError(f"{len(queue.waiting)} pictures wait already; try again in a moment")
         queue.waiting[:] = [each for each in queue.waiting if each not in stale] + new
+        if order is not None:
+            queue.newest[key] = order
+            queue.newest.move_to_end(key)
+        while len(queue.newest) > _MOST_SESSIONS:
+            queue.newest.popitem(last=False)
         queue.changed.notify()
     _give_up(stale)
     return [each.answer for each in new]

@@ -12,6 +12,9 @@ from slam_jax import drawing_queue, live
 from slam_jax.errors import UserError
 from slam_jax.runtime import images
 
+# Requests overtake each other on their way; this says when one was made, in ms.
+_ORDERED = "(...given) => [...given.slice(0, -1), performance.now()]"
+
 
 class Shown(NamedTuple):
     """What the page is about."""
@@ -74,12 +77,13 @@ def _lay_out(gradio: Any, blocks: Any, queue: drawing_queue.Queue, shown: Shown)
         "outputs": [*panels, teacher, status, history, seed], "show_progress": "hidden",
         "trigger_mode": "multiple", "concurrency_limit": None, "api_visibility": "private",
     }  # fmt: skip
+    order = gradio.Number(0, visible=False)
     given, always, never = [prompt, seed, locked], gradio.State(True), gradio.State(False)
     # Not "input", which pasting and input methods do not raise.
-    prompt.change(draw, [*given, never], **common)
-    seed.input(draw, [prompt, seed, always, never], **common)
-    renew.click(draw, [prompt, seed, locked, always], **common)
-    blocks.load(draw, [prompt, seed, always, never], **common)
+    prompt.change(draw, [*given, never, order], **common, js=_ORDERED)
+    seed.input(draw, [prompt, seed, always, never, order], **common, js=_ORDERED)
+    renew.click(draw, [prompt, seed, locked, always, order], **common, js=_ORDERED)
+    blocks.load(draw, [prompt, seed, always, never, order], **common, js=_ORDERED)
     ask_teacher.click(compare, [prompt, seed], **common | {"outputs": [teacher, status]})
 
 
@@ -88,14 +92,14 @@ def _no_teacher(shown: Shown) -> str:
 
 
 def _drawing(gradio: Any, queue: drawing_queue.Queue, shown: Shown) -> Callable:
-    """(prompt, seed, whether it stays, whether it is to be a new one) -> what changes, bit by bit.
+    """(prompt, seed, whether it stays or is to be a new one, when) -> what changes, bit by bit.
 
     Nothing more comes once a newer request of the session has made it stale.
     """
     histories: live.Histories = collections.OrderedDict()
 
     async def draw(
-        prompt: str, seed: float, locked: bool, renew: bool, request: gradio.Request
+        prompt: str, seed: float, locked: bool, renew: bool, order: float, request: gradio.Request
     ) -> AsyncIterator[list]:
         session, same = request.session_hash, gradio.skip()
         seed = live.new_seed() if renew or not locked else seed
@@ -103,22 +107,23 @@ def _drawing(gradio: Any, queue: drawing_queue.Queue, shown: Shown) -> Callable:
         teacher = _no_teacher(shown)
         try:
             wanted = live.wanted("student", prompt, seed, shown.steps)
-            answers = drawing_queue.put(queue, session, wanted)
+            answers = drawing_queue.put(queue, session, wanted, order)
         except UserError as error:
             yield [*panels, same, f"{error}", same, same]
             return
-        yield [*panels, teacher, "drawing …", same, wanted[0].seed]
+        # Everything again every time, since browsers may leave out what is followed at once.
+        rest = [teacher, "drawing …", same, wanted[0].seed]
+        yield [*panels, *rest]
         try:
             for number, (asked, answer) in enumerate(zip(wanted, answers, strict=True)):
                 picture = await asyncio.wrap_future(answer)
                 if picture is None:
                     return
-                panels = [same] * len(shown.steps)
                 panels[number] = live.shown(asked, picture)
-                yield [*panels, same, same, same, same]
+                yield [*panels, *rest]
             kept = live.remember(histories, session, asked, picture.pixels)
             took = f"all {len(wanted)} after {1e3 * (picture.waited + picture.drawing):.0f} ms"
-            yield [*[same] * len(panels), same, took, live.history(kept), same]
+            yield [*panels, teacher, took, live.history(kept), wanted[0].seed]
         finally:
             drawing_queue.cancel(queue, answers)
 

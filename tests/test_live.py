@@ -67,6 +67,18 @@ def test_the_latest_of_a_session_wins_and_others_keep_theirs(artist, queue):
     assert artist.batches == [["a"], ["dog", "a cat"], ["x"]]
 
 
+def test_a_request_that_was_overtaken_is_stale(artist, queue):
+    def put(order, model="student", session="a"):
+        return drawing_queue.put(queue, session, [Wanted(model, f"{order}", 0, 4)], order)[0]
+
+    artist.let.release(100)
+    assert put(2.0).result(10) is not None
+    assert put(1.0).result(0) is None  # though the newer one is drawn already
+    assert put(1.0, "teacher").result(10) is not None
+    assert put(1.0, session="b").result(10) is not None
+    assert put(3.0).result(10) is not None
+
+
 def test_like_pictures_are_drawn_together_up_to_a_batch(artist, queue):
     first = ask(queue, 0, "first")
     assert artist.begun.acquire(timeout=10)

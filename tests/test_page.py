@@ -84,6 +84,9 @@ def test_the_picture_changes_as_one_types(served, tmp_path):
         await select_prompt(page)
         await page.type("a green triangle left of a yellow circle")
         await page.until("document.querySelector('#history img')?.alt.endsWith('yellow circle')")
+        await asyncio.sleep(1)
+        alts = "[...document.querySelectorAll('figure.picture img')].map(i => i.alt)"
+        assert all("left of a yellow circle'" in alt for alt in await page.value(alts))
         for count, picture in zip(counts, before, strict=True):
             assert await page.value(PICTURE.format(count)) != picture
         assert re.search(r"all 4 after \d+ ms", await page.value("document.body.innerText"))
