@@ -78,9 +78,8 @@ def _prompt(value: object) -> str:
         raise UserError(f"the prompt must be text, and it is a {type(value).__name__}")
     if len(value) > MOST_LETTERS:
         raise UserError(f"the prompt has {len(value)} letters; give {MOST_LETTERS} at most")
-    # Lone surrogates cannot be written anywhere.
-    whole = value.encode("utf-8", "replace").decode("utf-8")
-    return " ".join("".join(c if c.isprintable() else " " for c in whole).split())
+    # Among what is not printable are lone surrogates, which cannot be written anywhere.
+    return " ".join("".join(c if c.isprintable() else " " for c in value).split())
 
 
 def _whole(value: object, name: str, low: int, high: int) -> int:

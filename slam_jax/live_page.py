@@ -34,7 +34,9 @@ def build(queue: drawing_queue.Queue, shown: Shown, folder: str) -> Callable[...
 
     with gradio.Blocks(title="slam_jax", analytics_enabled=False) as blocks:
         _lay_out(gradio, blocks, queue, shown)
-        gradio.api(_endpoint(gradio, queue), api_name="picture", concurrency_limit=None)
+        gradio.api(
+            _endpoint(gradio, queue, shown.steps), api_name="picture", concurrency_limit=None
+        )
     # Our own queue is the bound; theirs would let one person's stale requests wait in line.
     blocks.queue(max_size=4 * queue.most, default_concurrency_limit=None)
     app = gradio.mount_gradio_app(
@@ -148,13 +150,15 @@ def _comparison(gradio: Any, queue: drawing_queue.Queue, shown: Shown) -> Callab
     return compare
 
 
-def _endpoint(gradio: Any, queue: drawing_queue.Queue) -> Callable:
+def _endpoint(gradio: Any, queue: drawing_queue.Queue, prepared: Sequence[int]) -> Callable:
     """The HTTP API: every request counts as a session of its own, so none makes another stale."""
 
     async def draw(prompt: str, seed: int, steps: int) -> dict:
         """A picture of the prompt: PNG in base64, and the milliseconds waited and drawing."""
         try:
             [asked] = live.wanted("student", prompt, seed, [steps])
+            if steps not in prepared:  # each might be compiled first
+                raise UserError(f"{steps} steps; ask for one of {', '.join(map(str, prepared))}")
             [answer] = drawing_queue.put(queue, object(), [asked])
         except UserError as error:
             raise gradio.Error(str(error), print_exception=False) from None

@@ -5,10 +5,13 @@ import importlib
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import pytest
 from PIL import Image
@@ -147,3 +150,9 @@ def test_clients_get_their_pictures_and_files_stay_shut(served):
     )  # fmt: skip
     assert re.search(r"4 clients, 3 s: [1-9]\d* pictures, 0 lost", done.stdout), done.stdout
     assert "p95" in done.stdout
+    page_load = runpy.run_path(str(ROOT / "benchmarks" / "page_load.py"))
+    with pytest.raises(ValueError, match="7 steps; ask for one of"):
+        page_load["ask"](served, "x", 0, 7)
+    for path in ("upload", "file=/etc/hostname"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{served}/gradio_api/{path}")
