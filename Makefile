@@ -2,24 +2,28 @@
 # make docs: build the documentation into site/.
 # make fuzz: give 100,000 made-up inputs to all that reads files, options and prompts.
 # make minimal: draw a picture where nothing but what is needed at run time is installed.
+# make page: open the live page in Chromium and take assets/page.png.
 # make soak: spoil runs on purpose, many times over, and print what was lost.
 # All set up .venv by themselves; only Python 3.11+ and make are needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs soak fuzz minimal clean
+.PHONY: demo test docs page soak fuzz minimal clean
 
 # Two devices, so that XLA keeps two cores busy: a quarter faster than one (LOG.md).
 demo: .venv/run
 	JAX_NUM_CPU_DEVICES=2 $(BIN)/python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
 
 test: .venv/test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Strict: a warning, such as a link to nowhere, is an error.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+page: .venv/test .venv/serve
+	$(BIN)/python -m pytest -m page tests/test_page.py
 
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak tests/test_soak.py
@@ -43,6 +47,10 @@ clean:
 
 .venv/docs: .venv/run
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+.venv/serve: .venv/run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[serve]'
 	touch $@
 
 # torch comes first and by its exact version, or pip would fetch the build with CUDA.

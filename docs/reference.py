@@ -20,7 +20,7 @@ from slam_jax import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "slam_jax"
-PROGRAMS = ("main", "sample", "prepare", "evaluate", "export", "report", "env")
+PROGRAMS = ("main", "sample", "prepare", "evaluate", "export", "serve", "report", "env")
 # Whose values are shown.
 _CONFIGS = ("tiny", "sd15", "sdxl_lora")
 

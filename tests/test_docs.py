@@ -76,6 +76,8 @@ PLACES = (
     (r"python benchmarks/(comparison|gamma_gradients)\.py", HOURS),
     (r"make soak|python -m pytest -m slow", HOURS),
     (r"python tests/reference_step\.py", "tests/test_reference_step.py::test_recorded_step_passes"),
+    (r"python -m slam_jax\.serve", "tests/test_page.py::test_the_picture_changes_as_one_types"),
+    (r"python benchmarks/page_load", "tests/test_page.py::test_clients_get_their_pictures"),
     (r"make docs", "tests/test_docs.py::test_the_site_is_built"),
     (r"python -m pytest ", "tests/test_docs.py::test_what_a_command_names_is_there"),
     (r"python -c ", "needs a file of others; tests/nets/test_inception.py reads its like"),

@@ -25,7 +25,9 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 package = pathlib.Path("slam_jax")
 for path in sorted(package.rglob("*.py")):
-    if path.stem not in ("__main__", "__init__", "main", "sample", "export", "prepare", "evaluate"):
+    if path.stem not in (
+        "__main__", "__init__", "main", "sample", "export", "prepare", "evaluate", "serve"
+    ):
         importlib.import_module(".".join(path.with_suffix("").parts))
 sys.argv = ["sample", "--model=assets/tiny_sd", "--prompt=a red circle", "--steps=1",
             f"--out={sys.argv[1]}"]

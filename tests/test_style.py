@@ -276,7 +276,10 @@ BELOW["drawing_programs"] = ZERO | {"diffusion", "pipeline", "weights"}
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
 BELOW["evaluation"] = set(BELOW) - {"__init__", "experiment", "distill"}
 BELOW["run_report"] = ZERO | {"evaluation", "runtime"}
-DRIVERS = ("train", "sample", "evaluate", "export", "prepare", "dry_run", "report")
+BELOW["drawing_queue"] = ZERO
+BELOW["live"] = ZERO | {"drawing_queue", "runtime"}
+BELOW["live_page"] = BELOW["live"] | {"live"}
+DRIVERS = ("train", "sample", "evaluate", "export", "prepare", "dry_run", "report", "serve")
 BELOW["program"] = BELOW["experiment"] | {"experiment", "runtime"}
 BELOW["arguments"] = BELOW["trained"] = BELOW["program"]
 BELOW["forecast"] = ZERO | {"runtime"}
