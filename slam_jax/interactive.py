@@ -12,7 +12,7 @@ to pixels, so that a prompt that was there before is not encoded again. Several 
 import collections
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -100,6 +100,19 @@ def trained_size(model: pretrained.Pretrained) -> tuple[int, int]:
     return factor * height, factor * width
 
 
+def check_steps(scheduler: Mapping, steps: int, strength: float = 1.0) -> None:
+    """UserError for steps that a model with that scheduler cannot make. Touches no device."""
+    _times(scheduler, steps, strength)
+
+
+def _times(scheduler: Mapping, steps: int, strength: float) -> np.ndarray:
+    """The training times that a student visits, or guided DDIM."""
+    known = {"original_inference_steps": ORIGINAL_STEPS, **scheduler}
+    return sampler.host_times(
+        steps, known["original_inference_steps"], schedule.num_timesteps(known), strength
+    )
+
+
 def pictures(
     drawer: Drawer, prompts: Sequence[str], seeds: Sequence[int], steps: int, w: float = DEFAULT_W
 ) -> UInt8[np.ndarray, "B H W 3"]:
@@ -156,10 +169,7 @@ def draw(
 def _few_step(
     drawer: Drawer, text, noise: Seeds | Noise, steps: int, begin: Start | None, strength: float
 ) -> Drawn:
-    scheduler = {"original_inference_steps": ORIGINAL_STEPS, **drawer.model.scheduler}
-    visited = sampler.host_times(
-        steps, scheduler["original_inference_steps"], schedule.num_timesteps(scheduler), strength
-    )
+    visited = _times(drawer.model.scheduler, steps, strength)
     slots = max(MOST_STEPS, 1 << (steps - 1).bit_length())
     times = np.pad(visited, (0, slots - steps))
     if not isinstance(noise, Seeds):

@@ -82,6 +82,8 @@ def _sample(model_name: str, prompts: list[str], out: Path) -> None:
     if _INIT_IMAGE.value is not None and not is_student:
         raise UserError(f"--init_image needs a few-step student, and {_MODEL.value} is none")
     steps = (4 if is_student else 50) if _STEPS.value is None else _STEPS.value
+    strength = 1.0 if _INIT_IMAGE.value is None else _STRENGTH.value
+    interactive.check_steps(model.scheduler, steps, strength)
     size, noise_of = _noise(_NOISE.value, model, steps, len(prompts))
     picture = _init_image(_INIT_IMAGE.value, size)
     drawer = interactive.start(model, size, devices=mesh.make((("data", -1),)))

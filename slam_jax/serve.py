@@ -28,11 +28,13 @@ from slam_jax.weights import hub
 _MODEL = flags.DEFINE_string(
     "model", None, "Model folder in diffusers' layout, here or gs://BUCKET/FOLDER, or ORG/NAME on "
     "the Hugging Face hub; the newest runs/*/student unless given.",
+    allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
 _TEACHER = flags.DEFINE_string("teacher", None, "Model to compare with, drawn by DDIM in 50 steps.")
 _W = flags.DEFINE_float(
-    "w", interactive.DEFAULT_W, "Guidance of models that are no students (guidance_scale - 1)."
-)
+    "w", None, "Guidance of models that are no students (guidance_scale - 1); 6.5 unless given.",
+    allow_override=True,
+)  # fmt: skip
 _HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets everybody in who reaches this machine."
 )
@@ -117,7 +119,7 @@ def _shown(name: str, drawers: Mapping[str, interactive.Drawer]) -> live_page.Sh
     if not drawer.is_student:
         said += (
             f"\n**This model is no few-step student**: it is drawn by DDIM with guidance "
-            f"w = {_W.value:g}, for which few steps are too few. `make demo` trains a student."
+            f"w = {_w():g}, for which few steps are too few. `make demo` trains a student."
         )
     steps = _STUDENT_STEPS if drawer.is_student else _PLAIN_STEPS
     return live_page.Shown(said, _EXAMPLE, steps, _TEACHER_STEPS if "teacher" in drawers else None)
@@ -170,7 +172,11 @@ def _serve(
 
 def _pictures(drawer: interactive.Drawer, wanted: Sequence[Wanted]) -> UInt8[np.ndarray, "B H W 3"]:
     prompts, seeds = [each.prompt for each in wanted], [each.seed for each in wanted]
-    return interactive.pictures(drawer, prompts, seeds, wanted[0].steps, _W.value)
+    return interactive.pictures(drawer, prompts, seeds, wanted[0].steps, _w())
+
+
+def _w() -> float:
+    return interactive.DEFAULT_W if _W.value is None else _W.value
 
 
 if __name__ == "__main__":

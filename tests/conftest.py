@@ -6,6 +6,7 @@ Four fake CPU devices; slam_jax's shape annotations are checked at every call.
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 
@@ -25,6 +26,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("slam_jax", "beartype.beartype")
+# Who starts the tests in the background may have them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)

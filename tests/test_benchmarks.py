@@ -269,6 +269,7 @@ NEED_MORE = {
     "laboratory.py",
     "overhead.py",
     "comparison_plot.py",
+    "page_load.py",
     "torch_nets.py",
     "torch_step.py",
     "torch_sampler.py",

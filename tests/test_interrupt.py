@@ -46,7 +46,7 @@ def _interrupted(what: str, times: int) -> tuple[int, str, float]:
         for _ in range(times):
             os.kill(process.pid, signal.SIGINT)
             time.sleep(0.5)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=60)
     return process.returncode, err, time.monotonic() - began
 
 
