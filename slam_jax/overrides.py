@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from flax import traverse_util
 from ml_collections.config_flags import config_flags
 
 # By the type of the value in the config file: what another may be.
@@ -27,7 +28,8 @@ def complaint(argv: Sequence[str], defined: flags.FlagValues) -> str | None:
     """
     for name in defined:
         if config_flags.is_config_flag(defined[name]) and (path := _file(argv, name)):
-            leaves = dict(_leaves(defined[name].parser.parse(path).to_dict()))
+            read = defined[name].parser.parse(path)
+            leaves = traverse_util.flatten_dict(read.to_dict(), sep=".")
             for argument, key, value in _overrides(argv, name):
                 if wrong := _wrong(name, key, value, leaves):
                     return f"{argument} {wrong}"
@@ -48,14 +50,6 @@ def _overrides(argv: Sequence[str], name: str) -> Iterator[tuple[str, str, str |
     for argument in argv:
         if found := pattern.fullmatch(argument):
             yield argument, found[1], found[2]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _wrong(name: str, key: str, value: str | None, leaves: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flax import traverse_util
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -50,6 +51,7 @@ def _as_html(workdir: Path) -> bytes:
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir} holds no run: {error}; give a --workdir of a run") from None
     starts = _words(workdir / folder.REVISION)
+    values = traverse_util.flatten_dict(chosen, sep=".")
     parts = [
         page.facts(_facts(workdir, chosen, metrics, starts)),
         _evaluation(workdir / RESULTS),
@@ -58,7 +60,7 @@ def _as_html(workdir: Path) -> bytes:
         _faults(workdir, metrics, starts),
         _exports(workdir),
         page.heading("Config"),
-        page.facts(dict(_flat(chosen))),
+        page.facts({key: json.dumps(value) for key, value in values.items()}),
     ]
     return page.whole(f"{chosen['teacher']['model']} distilled: {workdir.name}", parts)
 
@@ -195,13 +197,3 @@ def _exports(workdir: Path) -> str:
         f"{page.heading('Export')}<p>A diffusers folder: <a href='student/'>student/</a></p>\n"
         f"<pre>{page.text(commands)}</pre>\n"
     )
-
-
-def _flat(tree: Mapping, prefix: str = "") -> list[tuple[str, str]]:
-    found = []
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", json.dumps(value)))
-    return found

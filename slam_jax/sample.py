@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float, UInt8
 
-from slam_jax import command, interactive, pipeline, students
+from slam_jax import command, interactive, pipeline, settings, students
 from slam_jax.data import image as image_file
 from slam_jax.errors import UserError
 from slam_jax.evaluation.noise import Noise
@@ -94,7 +94,7 @@ def _read_prompts(prompt: str | None, path: str | None) -> list[str]:
     if (prompt is None) == (path is None):
         raise UserError("give one of --prompt and --prompts")
     if path is None:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        if not settings.is_text(prompt):
             raise UserError(f"--prompt {prompt!a} is not UTF-8")
         return [prompt]
     try:

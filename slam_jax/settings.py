@@ -166,7 +166,7 @@ def from_config(config: Mapping[str, Any]) -> Settings:
                 raise UserError(f"config.{name}={value} must be at least {least}")
     for name in _STRINGS:
         value = _value(leaves, name)
-        if not all(_is_text(each) for each in value):
+        if not all(is_text(each) for each in value):
             raise UserError(f"config.{name}={value!r} must be strings, in UTF-8")
     if settings.seed >= 2**32:
         raise UserError(f"config.seed={settings.seed} must be less than 2**32")
@@ -184,7 +184,7 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """A string without half characters, as which a shell's bytes come that are not UTF-8."""
     return isinstance(value, str) and not any("\ud800" <= each <= "\udfff" for each in value)
 

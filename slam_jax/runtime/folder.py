@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from flax import traverse_util
 
 from slam_jax.errors import UserError
 
@@ -35,13 +37,13 @@ def check_same(workdir: Path, settings: Mapping[str, Any], free: Sequence[str]) 
     A free key stands for its group too: "eval" frees eval.every_steps.
     """
     try:
-        before = dict(_leaves(json.loads((workdir / CONFIG).read_text())))
+        before = traverse_util.flatten_dict(json.loads((workdir / CONFIG).read_text()), sep=".")
     except (OSError, ValueError) as error:
         raise UserError(
             f"{workdir} holds checkpoints but no readable {CONFIG} ({error}); "
             "choose another --workdir"
         ) from None
-    after = dict(_leaves(json.loads(json.dumps(settings))))
+    after = traverse_util.flatten_dict(json.loads(json.dumps(settings)), sep=".")
     for key in sorted(before.keys() | after.keys()):
         if any(key == name or key.startswith(f"{name}.") for name in free):
             continue
@@ -52,15 +54,6 @@ def check_same(workdir: Path, settings: Mapping[str, Any], free: Sequence[str]) 
                 f"{workdir} was trained with {key}={old} and now asks for {key}={new}; "
                 "give the old value or choose another --workdir"
             )
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def start(workdir: Path, settings: Mapping[str, Any]) -> None:
