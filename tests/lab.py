@@ -16,9 +16,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 NUM_STEPS = 12
 SAVE_EVERY = 2
 
-# Importing any of these fails in the runs, as where they are not installed.
-BLOCKER = """
+# What every run begins with. Importing some packages fails, as where they are not installed.
+# JAX lets process 0 alone keep what it has compiled, which on CPUs no other process can use.
+SITE = """
 import sys
+import types
+
+import jax._src.compiler
+
+jax._src.compiler.distributed = types.SimpleNamespace(
+    global_state=types.SimpleNamespace(process_id=0)
+)
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -84,10 +92,10 @@ class Lab:
             "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "PYTHONPATH": os.pathsep.join([str(folder / "blocker"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)]),
         }  # fmt: skip
-        (folder / "blocker").mkdir()
-        (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER)
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
         (folder / "model").symlink_to(model)
 
     def start(
