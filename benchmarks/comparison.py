@@ -83,9 +83,9 @@ def arms() -> dict[str, Arm]:
     """All that can be asked for, by name."""
     found = {f"lcm_{name}": Arm(walk, LCM) for name, walk in WALKS.items()}
     found |= {f"splam_{name}": Arm(walk, PUBLISHED, "random") for name, walk in WALKS.items()}
-    for walk in ("k20", "k100", "k100x5"):
+    for walk in WALKS:
         found |= {f"{name}_{walk}": Arm(WALKS[walk], form) for name, form in FORMS.items()}
-    for base in [name for name in found if name.endswith("k100x5")]:
+    for base in [name for name in found if name.endswith(("k20", "k100x5"))]:
         for change, values in LOSSES.items():
             arm = found[base]
             found[f"{base}_{change}"] = arm._replace(

@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 400
     config.accumulate = 1
     config.ema_rate = 0.95
+    config.attention = "xla"
 
     config.teacher = ConfigDict(
         dict(

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.accumulate = 16
     config.ema_rate = 0.95
+    config.attention = "xla"
 
     config.teacher = ConfigDict(
         dict(

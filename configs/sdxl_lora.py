@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.accumulate = 1
     config.ema_rate = 0.95
+    config.attention = "xla"
 
     config.teacher = ConfigDict(
         dict(
@@ -42,8 +43,7 @@ def get_config() -> ConfigDict:
                     "to_[qkv]",
                     r"to_out\.0",
                     "proj_(in|out)",
-                    r"ff\.net\.0\.proj",
-                    r"ff\.net\.2",
+                    r"ff\.net\.(0\.proj|2)",
                     "conv[12]",
                     "conv_shortcut",
                     r"(down|up)samplers\.0\.conv",

@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 32
     config.accumulate = 1
     config.ema_rate = 0.95
+    config.attention = "xla"
 
     config.teacher = ConfigDict(
         dict(model="assets/tiny_sd", revision="", variant="", config="", dtype="float32")

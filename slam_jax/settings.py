@@ -125,6 +125,7 @@ class Settings(NamedTuple):
     batch_size: int  # over all devices and microbatches
     accumulate: int  # microbatches per update
     ema_rate: float  # of the target, per update
+    attention: str  # how it is computed: xla, flash (a kernel for TPUs), cudnn (for NVIDIA GPUs)
     teacher: Teacher
     student: Student
     distill: Distill
@@ -137,10 +138,10 @@ class Settings(NamedTuple):
     mesh: Mesh
 
 
-# May differ when a run is resumed: they do not touch what is learnt.
+# May differ when a run is resumed: they do not touch what is learnt, but for rounding.
 FREE = (
-    "num_steps", "eval", "checkpoint", "faults", "log", "data.max_bad_fraction", "data.index_dir",
-    "data.num_threads", "data.num_workers",
+    "num_steps", "attention", "eval", "checkpoint", "faults", "log", "data.max_bad_fraction",
+    "data.index_dir", "data.num_threads", "data.num_workers",
 )  # fmt: skip
 
 _AT_LEAST_ONE = (

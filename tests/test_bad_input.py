@@ -59,6 +59,7 @@ VALUES = {
     "not_positive": (["--config.num_steps=0"], r"config\.num_steps=0 must be at least 1"),
     "ema_rate": (["--config.ema_rate=1.0"], r"config\.ema_rate=1\.0 .*\[0, 1\)"),
     "no_folder": (["--config.teacher.model=/no/such"], "no folder /no/such; .*ORG/NAME"),
+    "attention": (["--config.attention=fast"], "'fast' is not known; there are xla, flash, cudnn"),
     "dtype": (["--config.student.dtype=int8"], "'int8'.*float32, bfloat16"),
     "cond_proj": (["--config.student.cond_proj=ones"], "'ones'.*random, zero"),
     "gamma_dim": (["--config.student.gamma_dim=7"], "gamma_dim 7 must be even"),
@@ -101,6 +102,7 @@ LATE_VALUES = {
         ["--config.distill.length=50", "--config.distill.stride=20"],
         "length 50 must be a positive multiple of stride",
     ),
+    "flash": (["--config.attention=flash"], "attention=flash is made for TPUs, not for cpu"),
     "learning_rate": (["--config.optimizer.learning_rate=0.0"], "learning_rate 0.0"),
     "batch_size": (["--config.batch_size=30"], "batch_size 30 .* 4 devices .*use 28 or 32"),
     "accumulate": (

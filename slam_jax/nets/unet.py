@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from slam_jax.errors import UserError
-from slam_jax.nets import attention, embeddings, layers, unet_blocks
+from slam_jax.nets import attention, embeddings, kernels, layers, unet_blocks
 from slam_jax.shapes import Conditioning, Time
 
 # Whether a block type of the config has transformers.
@@ -26,9 +26,10 @@ class UNet2DConditionModel(nn.Module):
     """The network eps (or v) = unet(x_t, t, text, gamma embedding).
 
     Fields are the keys of a diffusers unet/config.json, with its defaults, plus `dtype` (compute;
-    parameters are float32) and `remat` (recompute residual blocks and transformers in the
-    backward pass). As in those configs, `attention_head_dim` is the NUMBER of heads; where
-    a field takes a tuple it has one entry per level, from the finest on.
+    parameters are float32), `remat` (recompute residual blocks and transformers in the
+    backward pass) and `attend` (what computes attention, of kernels.py). As in those configs,
+    `attention_head_dim` is the NUMBER of heads; where a field takes a tuple it has one entry per
+    level, from the finest on.
     """
 
     in_channels: int = 4
@@ -51,6 +52,7 @@ class UNet2DConditionModel(nn.Module):
     projection_class_embeddings_input_dim: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attend: Callable = kernels.attend
 
     @nn.compact
     def __call__(
@@ -153,6 +155,7 @@ class UNet2DConditionModel(nn.Module):
                 num_groups=self.norm_num_groups,
                 use_linear_projection=self.use_linear_projection,
                 dtype=self.dtype,
+                attend=self.attend,
             ),
         )
 
@@ -227,12 +230,16 @@ ONLY_VALUES = {
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(UNet2DConditionModel)
-    if field.name not in ("dtype", "remat", "parent", "name")
+    if field.name not in ("dtype", "remat", "attend", "parent", "name")
 }
 
 
 def from_config(
-    config: Mapping, *, dtype: DTypeLike = jnp.float32, remat: bool = False
+    config: Mapping,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    attend: Callable = kernels.attend,
 ) -> UNet2DConditionModel:
     """The UNet that a diffusers unet/config.json describes; missing keys take diffusers' defaults.
 
@@ -252,7 +259,7 @@ def from_config(
     check_levels(fields)
     check_divisible(fields)
     check_addition(fields)
-    return UNet2DConditionModel(**fields, dtype=dtype, remat=remat)
+    return UNet2DConditionModel(**fields, dtype=dtype, remat=remat, attend=attend)
 
 
 def one_width(cross_attention_dim: int | tuple[int, ...]) -> int:
