@@ -105,9 +105,10 @@ class Checkpoint(NamedTuple):
 
 
 class Log(NamedTuple):
-    """Lines of metrics.jsonl and TensorBoard."""
+    """Lines of metrics.jsonl, TensorBoard and Weights & Biases."""
 
     every_steps: int
+    wandb_project: str  # of Weights & Biases; "" to send nothing there
 
 
 class Mesh(NamedTuple):

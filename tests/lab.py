@@ -1,11 +1,14 @@
 """Runs the program as a user does, on a random model, in a folder of its own."""
 
+import contextlib
 import json
 import os
 import pathlib
+import pty
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 
 import jax
@@ -99,8 +102,9 @@ class Lab:
         (folder / "model").symlink_to(model)
 
     def start(
-        self, workdir: str, cwd: str = ".", *flags: str, **environment: str
-    ) -> subprocess.Popen:
+        self, workdir: str, cwd: str = ".", *flags: str, stderr: int = subprocess.PIPE,
+        **environment: str,
+    ) -> subprocess.Popen:  # fmt: skip
         """flags: further ones of the program, which win over those that are always given."""
         settings = {
             "teacher.model": "model", "num_steps": NUM_STEPS, "batch_size": 4, "accumulate": 2,
@@ -118,8 +122,22 @@ class Lab:
                 *(f"--config.{name}={value}" for name, value in settings.items()), *flags,
             ],
             cwd=self.folder / cwd, env=self.environment | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=stderr,
         )  # fmt: skip
+
+    def on_terminal(self, *arguments: str) -> tuple[int, str]:
+        """(exit status, what is shown) of what `start` starts, its stderr a terminal."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 120))
+        process = self.start(*arguments, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+            # An error is how a terminal ends that nobody writes to any more.
+            while chunk := terminal.read(2**16):
+                shown += chunk
+        process.communicate()
+        return process.returncode, shown.decode()
 
     def finish(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """(exit status, stdout, stderr) of what `start` starts."""

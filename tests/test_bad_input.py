@@ -21,6 +21,7 @@ SERVER = """
 import json, os, runpy, sys, tempfile
 import slam_jax.train, ml_collections.config_flags
 from jax._src import xla_bridge
+sys.modules["wandb"] = None  # as where it is not installed
 results = []
 for module, arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile() as errors:
@@ -53,6 +54,7 @@ VALUES = {
     "wrong_type": (["--config.num_steps=many"], "=many must be a whole number, such as .*=600"),
     "no_number": (["--config.distill.w=big"], r"=big must be a number, such as .*\.w=8\.0"),
     "no_boolean": (["--config.student.remat=maybe"], "must be true or false, such as .*=false"),
+    "wandb": (["--config.log.wandb_project=x"], r"pip install 'slam_jax\[wandb\]'"),
     "unknown_flag": (["--wrokdir=x"], "wrokdir.*Did you mean: workdir"),
     "mesh_pairs": (["--config.mesh.axes=1"], r"mesh\.axes \(1,\) must be pairs"),
     "stray_word": (["resume"], "'resume'"),
@@ -129,7 +131,7 @@ def _config_files(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
             r"config\.lr is not known",
         ),
         "no_group": (
-            tiny.replace("config.log = ConfigDict(dict(every_steps=10))", "config.log = 10"),
+            re.sub(r"config\.log = .*", "config.log = 10", tiny),
             r"config\.log=10 must be a group",
         ),
     }  # fmt: skip
