@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import pathlib
 import re
 import shlex
 import sys
@@ -26,6 +27,8 @@ exit status:
   {interrupt.STATUS}  Ctrl-C: a training run has saved; the same command goes on
 """
 _NOT_SAVED = "nothing is half-written; the same command begins again, or goes on where it can"
+# How JAX's warning begins of a file in its cache of executables.
+_UNREADABLE = "Error reading persistent compilation cache entry"
 # A config file is Python, so reading it may raise anything that Python raises.
 _CONFIG_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
@@ -149,6 +152,23 @@ def _keep_compiled() -> None:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(place))
         jax.config.update("jax_compilation_cache_max_size", kept.MOST)
+        warnings.showwarning = _replacing_damaged(place, warnings.showwarning)
+
+
+def _replacing_damaged(place: pathlib.Path, before: Callable) -> Callable:
+    """A warnings.showwarning that, where JAX cannot read what it kept, has it kept anew.
+
+    JAX warns before it compiles, and writes what it compiled if no file is in its place.
+    """
+
+    def show(message, *rest) -> None:
+        if str(message).startswith(_UNREADABLE):
+            kept.drop_damaged(place)
+            warn(f"a kept program in {place} was damaged; it is compiled and kept anew")
+        else:
+            before(message, *rest)
+
+    return show
 
 
 def _asking_for_a_report(before: Callable) -> Callable:

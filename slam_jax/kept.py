@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,20 @@ def write(kind: str, key: str, content: bytes) -> None:
             os.unlink(temporary)
             raise
         _make_room(root)
+
+
+def drop_damaged(folder: Path) -> None:
+    """Removes what JAX's cache of executables holds there that is not as JAX wrote it.
+
+    JAX compiles what it cannot read, but never writes over a file that is there. Where the package
+    zstandard is installed, JAX writes what zlib does not know, and all of it is made anew.
+    """
+    for path in folder.glob("*-cache"):
+        try:
+            zlib.decompress(path.read_bytes())
+        except (OSError, zlib.error):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _make_room(root: Path) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
@@ -82,6 +84,7 @@ def test_what_jax_compiles_is_kept_where_the_user_has_it_or_in_our_folder(
     before = {name: jax.config.values[name] for name in settings}
     monkeypatch.setenv("SLAM_JAX_CACHE", str(tmp_path))
     jax.config.update("jax_compilation_cache_dir", chosen)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which it replaces
     try:
         command._keep_compiled()
         where, most = (jax.config.values[name] for name in settings)
@@ -93,3 +96,40 @@ def test_what_jax_compiles_is_kept_where_the_user_has_it_or_in_our_folder(
     else:
         assert (tmp_path / "xla").is_dir() and where.startswith(f"{tmp_path}/xla/")
         assert 2**30 <= most < 2**34
+
+
+# Compiles three programs, or reads them from where _keep_compiled has JAX keep them.
+KEEPER = """
+import jax, numpy
+from slam_jax import command
+command._keep_compiled()
+for size in (2, 3, 4):
+    jax.jit(lambda x: x @ x)(numpy.eye(size, dtype=numpy.float32))
+"""
+
+
+def test_damaged_programs_are_told_of_once_and_kept_anew(tmp_path):
+    environment = {
+        **os.environ, "SLAM_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def said():
+        program = [sys.executable, "-c", KEEPER]
+        done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert said() == ""
+    files = sorted((tmp_path / "xla").glob("*/*-cache"))
+    whole = [path.read_bytes() for path in files]
+    flipped = bytearray(whole[0])
+    flipped[len(flipped) // 2] ^= 1
+    for path, content in zip(files, (flipped, whole[1][:-9], b""), strict=False):
+        path.write_bytes(content)
+    assert re.fullmatch("warning: a kept program in .* was damaged.* kept anew\n", said())
+    assert sorted((tmp_path / "xla").glob("*/*-cache")) == files
+    assert all(path.stat().st_size > 100 for path in files)
+    assert said() == ""
