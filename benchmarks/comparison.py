@@ -40,7 +40,7 @@ _NUM_IMAGES = 512
 _NUM_REAL = 2000
 _NUM_SHOWN = 8
 _TEACHER_STEPS = 50
-# Where the error curve is taken (METHOD.md §3.5), with sub-paths of one step of 20.
+# Where the error curve is taken, as in a figure of the paper, with sub-paths of one step of 20.
 CURVE = tuple(range(99, 1000, 100))
 _NUM_PER_TIME = 64
 

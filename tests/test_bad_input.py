@@ -197,7 +197,7 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
     known = [f"--model={model}", f"--out={folder}/out.png"]
     prompt = "--prompt=a circle"
     return {
-        "sample_no_model": ([f"--out={folder}/x.png", prompt], "--model must be given"),
+        "sample_no_out": ([known[0], prompt], "--out must be given"),
         "sample_out": ([known[0], f"--out={folder}/x.jpg", prompt], r"x\.jpg must end in"),
         "sample_no_prompt": (known, "one of --prompt and --prompts"),
         "sample_no_file": ([*known, "--prompts=/no/file"], "cannot read --prompts /no/file"),
