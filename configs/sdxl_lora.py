@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict(
         dict(
             learning_rate=1e-4, warmup_steps=0, clip_norm=1.0,
-            weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8,
+            weight_decay=0.0, b1=0.9, b2=0.999, eps=1e-8, mu_dtype="float32",
         )
     )  # fmt: skip
     config.data = ConfigDict(

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from slam_jax import experiment
+from slam_jax import experiment, pipeline
 from slam_jax.distill import loss, optimizer, state, step
 from slam_jax.errors import UserError
 from slam_jax.runtime import mesh
@@ -42,11 +42,12 @@ class Program(NamedTuple):
 def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
     """Touches no device; of the teacher, configs and shapes alone are looked at."""
     student = experiment.student(settings, teacher.unet)
+    mu_dtype = pipeline.dtype(settings.optimizer.mu_dtype)
     return Parts(
         student=student,
         nets=experiment.nets(settings, teacher, student.config, mesh.on_own_examples),
         method=experiment.method(settings.distill, teacher.scheduler),
-        optimizer=optimizer.adamw(**settings.optimizer._asdict()),
+        optimizer=optimizer.adamw(**settings.optimizer._asdict() | {"mu_dtype": mu_dtype}),
     )
 
 

@@ -60,6 +60,7 @@ class Optimizer(NamedTuple):
     b1: float
     b2: float
     eps: float
+    mu_dtype: str  # in which the first moment is kept: float32, or bfloat16, half the memory
 
 
 class Data(NamedTuple):

@@ -225,8 +225,9 @@ CONFIG = str(ROOT / "configs" / "tiny.py")
 KEYS = [
     "seed", "num_steps", "batch_size", "accumulate", "ema_rate", "distill.w", "distill.gamma",
     "distill.distance", "distill.sigma", "distill.length", "distill.stride", "distill.num_subpaths",
-    "distill.times", "optimizer.b1", "data.crop", "data.filters", "data.size", "eval.prompts",
-    "mesh.axes", "mesh.rules", "student.lora.targets", "student.lora.rank", "student.remat",
+    "distill.times", "optimizer.b1", "optimizer.mu_dtype", "data.crop", "data.filters",
+    "data.size", "eval.prompts", "mesh.axes", "mesh.rules", "student.lora.targets",
+    "student.lora.rank", "student.remat",
     "distill", "eval", "distil.w", "w", "", ".", "a..b", "__class__", "to_dict", "_fields",
 ]  # fmt: skip
 values = (

@@ -62,6 +62,7 @@ VALUES = {
     "ema_rate": (["--config.ema_rate=1.0"], r"config\.ema_rate=1\.0 .*\[0, 1\)"),
     "no_folder": (["--config.teacher.model=/no/such"], "no folder /no/such; .*ORG/NAME"),
     "attention": (["--config.attention=fast"], "'fast' is not known; there are xla, flash, cudnn"),
+    "mu_dtype": (["--config.optimizer.mu_dtype=float16"], "'float16'.*float32, bfloat16"),
     "dtype": (["--config.student.dtype=int8"], "'int8'.*float32, bfloat16"),
     "cond_proj": (["--config.student.cond_proj=ones"], "'ones'.*random, zero"),
     "gamma_dim": (["--config.student.gamma_dim=7"], "gamma_dim 7 must be even"),
@@ -190,6 +191,14 @@ def _folders(
     (started / "checkpoints" / "5").mkdir(parents=True)
     (started / "config.json").write_text('{"seed": 1}')
     cases["resume"] = ([f"--workdir={started}", "--config.seed=0"], "was trained with .*absent")
+    other = shutil.copytree(started, folder / "other")
+    config = runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]()
+    config.teacher.model = str(model)
+    (other / "config.json").write_text(json.dumps(config.to_dict()))
+    cases["resume_mu_dtype"] = (
+        [f"--workdir={other}", "--config.optimizer.mu_dtype=bfloat16"],
+        'trained with optimizer.mu_dtype="float32" and now asks .*"bfloat16"; give the old value',
+    )
     return cases
 
 

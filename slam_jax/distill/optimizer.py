@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from slam_jax.errors import UserError
 
@@ -15,11 +16,13 @@ def adamw(
     b1: float,
     b2: float,
     eps: float,
+    mu_dtype: DTypeLike = jnp.float32,
 ) -> optax.GradientTransformation:
     """Clips the global norm, then AdamW (Loshchilov & Hutter 2019) on every parameter.
 
     The learning rate rises in a straight line over the first `warmup_steps` updates (0: at
-    once), the first of which is already more than nothing, and stays.
+    once), the first of which is already more than nothing, and stays. mu_dtype: in which the first
+    moment is kept between updates; all else is float32.
     """
     if learning_rate <= 0 or clip_norm <= 0 or warmup_steps < 0:
         raise UserError(
@@ -32,7 +35,9 @@ def adamw(
 
     chain = optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+        optax.adamw(
+            schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype
+        ),
     )
 
     def update(grads, state, params=None):

@@ -14,7 +14,10 @@ Params = Any
 
 @struct.dataclass
 class TrainState:
-    """All that is checkpointed. Parameters and moments are float32; step is a scalar int32."""
+    """All that is checkpointed: numbers are float32, but AdamW's first moment may be bfloat16.
+
+    step is a scalar int32.
+    """
 
     step: Any
     student: Params  # what is trained of it: all, or a LoRA

@@ -24,11 +24,11 @@ class Attention(nn.Module):
         channels = x.shape[-1]
 
         def heads(inputs, name):
-            y = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
+            y = layers.dense(channels, self.dtype, name, use_bias=False)(inputs)
             return y.reshape(*y.shape[:2], self.num_heads, channels // self.num_heads)
 
         y = self.attend(heads(x, "to_q"), heads(context, "to_k"), heads(context, "to_v"))
-        return nn.Dense(channels, dtype=self.dtype, name="to_out.0")(y.reshape(x.shape))
+        return layers.dense(channels, self.dtype, "to_out.0")(y.reshape(x.shape))
 
 
 class FeedForward(nn.Module):
@@ -39,10 +39,10 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B Q C"]) -> Float[Array, "B Q C"]:
         channels = x.shape[-1]
-        y = nn.Dense(8 * channels, dtype=self.dtype, name="net.0.proj")(x)
+        y = layers.dense(8 * channels, self.dtype, "net.0.proj")(x)
         hidden, gate = jnp.split(y, 2, axis=-1)
         y = hidden * nn.gelu(gate, approximate=False)
-        return nn.Dense(channels, dtype=self.dtype, name="net.2")(y)
+        return layers.dense(channels, self.dtype, "net.2")(y)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -95,5 +95,5 @@ class Transformer2DModel(nn.Module):
     def project(self, x: Float[Array, "B H W C"], name: str) -> Float[Array, "B H W C"]:
         """The pointwise map called `name`, as wide as its input."""
         if self.use_linear_projection:
-            return nn.Dense(x.shape[-1], dtype=self.dtype, name=name)(x)
+            return layers.dense(x.shape[-1], self.dtype, name)(x)
         return layers.conv1x1(x.shape[-1], self.dtype, name)(x)

@@ -12,6 +12,8 @@ def _state(seed: int):
     return {
         "step": jnp.int32(seed),
         "student": {"a.0": jax.random.normal(jax.random.key(seed), (3, 5))},
+        # As optimizer.mu_dtype="bfloat16" has it.
+        "mu": jax.random.normal(jax.random.key(seed), (3, 5), jnp.bfloat16),
     }
 
 
@@ -28,6 +30,7 @@ def test_round_trip_is_exact_and_laid_out_as_asked(tmp_path):
     like = mesh.placed(bare, mesh.make((("data", -1),)), ((".*", ()),))
     found = checkpoint.restore(checkpoints, 1, like)
     jax.tree.map(np.testing.assert_array_equal, found, state)
+    assert found["mu"].dtype == jnp.bfloat16
     assert found["student"]["a.0"].sharding == _shardings(state)["student"]["a.0"]
     checkpoints.close()
 
