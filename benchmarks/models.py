@@ -94,8 +94,8 @@ SIZES: dict[str, Callable[[], Size]] = {
 }  # fmt: skip
 
 
-def nets(size: Size, dtype: DTypeLike, remat: bool) -> step.Nets:
-    """The networks as the train step takes them; the student alone takes remat."""
+def nets(size: Size, dtype: DTypeLike, remat: str = "none") -> step.Nets:
+    """The networks as the train step takes them; remat, a key of unet.REMAT, is the student's."""
     config = students.student_config(size.model.unet.config, GAMMA_DIM)
     student, student_params = pipeline.student, step.all_trained
     if size.lora:

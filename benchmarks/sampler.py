@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--no_decode", action="store_true", help="latents, not images")
     options = parser.parse_args()
     size = models.SIZES[options.size]()
-    nets = models.nets(size, jnp.dtype(options.dtype), remat=False)
+    nets = models.nets(size, jnp.dtype(options.dtype))
     function = partial(call, size, nets, _decode(size, options), options.steps)
     shapes = jax.eval_shape(partial(_parameters, size, options), models.parameter_shapes(size))
     key = jax.eval_shape(partial(jax.random.key, 0))
