@@ -1,19 +1,25 @@
-# make demo: distil the small teacher in assets/tiny_sd.  make test: run the tests.
+# make install: set up .venv.  make demo: distil the small teacher in assets/tiny_sd.
+# make serve: draw on a live page in the browser.  make test: run the tests.
 # make docs: build the documentation into site/.
 # make fuzz: give 100,000 made-up inputs to all that reads files, options and prompts.
 # make minimal: draw a picture where nothing but what is needed at run time is installed.
-# make page: open the live page in Chromium and take assets/page.png.
+# make page: test the live page in Chromium and take assets/page.png.
 # make soak: spoil runs on purpose, many times over, and print what was lost.
 # All set up .venv by themselves; only Python 3.11+ and make are needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs page soak fuzz minimal clean
+.PHONY: install demo serve test docs page soak fuzz minimal clean
+
+install: .venv/run
 
 # Two devices, so that XLA keeps two cores busy: a quarter faster than one (LOG.md).
 demo: .venv/run
 	JAX_NUM_CPU_DEVICES=2 $(BIN)/python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
+
+serve: .venv/serve
+	$(BIN)/python -m slam_jax.serve
 
 test: .venv/test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -34,7 +40,7 @@ fuzz: .venv/test
 minimal:
 	rm -rf runs/minimal && $(PYTHON) -m venv runs/minimal
 	runs/minimal/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt .
-	runs/minimal/bin/python -P -m slam_jax.sample --model assets/tiny_sd --prompt "a red circle above a blue square" --out runs/minimal.png
+	runs/minimal/bin/python -P -m slam_jax.sample --prompt "a red circle above a blue square" --out runs/minimal.png
 
 clean:
 	rm -rf .venv runs site

@@ -40,7 +40,7 @@ _NUM_IMAGES = 512
 _NUM_REAL = 2000
 _NUM_SHOWN = 8
 _TEACHER_STEPS = 50
-# Where the error curve is taken (METHOD.md §3.5), with sub-paths of one step of 20.
+# Where the error curve is taken, as in a figure of the paper, with sub-paths of one step of 20.
 CURVE = tuple(range(99, 1000, 100))
 _NUM_PER_TIME = 64
 
@@ -83,9 +83,9 @@ def arms() -> dict[str, Arm]:
     """All that can be asked for, by name."""
     found = {f"lcm_{name}": Arm(walk, LCM) for name, walk in WALKS.items()}
     found |= {f"splam_{name}": Arm(walk, PUBLISHED, "random") for name, walk in WALKS.items()}
-    for walk in ("k20", "k100", "k100x5"):
+    for walk in WALKS:
         found |= {f"{name}_{walk}": Arm(WALKS[walk], form) for name, form in FORMS.items()}
-    for base in [name for name in found if name.endswith("k100x5")]:
+    for base in [name for name in found if name.endswith(("k20", "k100x5"))]:
         for change, values in LOSSES.items():
             arm = found[base]
             found[f"{base}_{change}"] = arm._replace(

@@ -72,6 +72,8 @@ common=(--size "$size" --dtype "$dtype" --repeat "$repeat")
 export XLA_PYTHON_CLIENT_MEM_FRACTION=$alone
 run peak --dtype "$dtype" "${peak[@]}"
 run train_step "${common[@]}" --batch "$batch" --cached
+run train_step "${common[@]}" --batch "$batch" --cached --attention cudnn
+run sampler "${common[@]}" --batch "$batch" --steps 4 --attention cudnn
 [[ ${#impl[@]} == 1 ]] || export XLA_PYTHON_CLIENT_PREALLOCATE=false
 run train_step "${common[@]}" --batch "$batch" --cached --impl "${impl[@]}"
 run sampler "${common[@]}" --batch "$batch" --steps 4 --impl "${impl[@]}"

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from slam_jax import pipeline, students
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.distill import step
-from slam_jax.nets import lora
+from slam_jax.nets import kernels, lora
 from slam_jax.shapes import SDXLText
 from slam_jax.weights import architectures, pretrained
 
@@ -94,17 +94,18 @@ SIZES: dict[str, Callable[[], Size]] = {
 }  # fmt: skip
 
 
-def nets(size: Size, dtype: DTypeLike, remat: str = "none") -> step.Nets:
+def nets(size: Size, dtype: DTypeLike, remat: str = "none", attention: str = "xla") -> step.Nets:
     """The networks as the train step takes them; remat, a key of unet.REMAT, is the student's."""
+    attend = kernels.BY_NAME[attention]
     config = students.student_config(size.model.unet.config, GAMMA_DIM)
     student, student_params = pipeline.student, step.all_trained
     if size.lora:
         student = pipeline.lora_student
         student_params = partial(lora.merge, scale=size.lora.alpha / size.lora.rank)
     return step.Nets(
-        student=student(config, dtype, remat),
+        student=student(config, dtype, remat, attend),
         student_params=student_params,
-        teacher=pipeline.teacher(size.model.unet.config, dtype),
+        teacher=pipeline.teacher(size.model.unet.config, dtype, attend),
         encode_image=pipeline.encode_image(size.model.vae.config, dtype),
         encode_text=pipeline.encode_text(size.model, dtype),
     )

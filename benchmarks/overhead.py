@@ -29,7 +29,7 @@ from benchmarks import models, recipe, roofline, synthetic, timing
 from configs import sd15
 from slam_jax import experiment, loop, pipeline, settings
 from slam_jax.distill import state
-from slam_jax.runtime import checkpoint, log, mesh
+from slam_jax.runtime import checkpoint, log, mesh, weights_and_biases
 from slam_jax.settings import Settings
 
 _WARM_UP = 20
@@ -86,7 +86,8 @@ def measure(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, floa
         with checkpoint.closing(checkpoints, partial(log.say, progress)):
             run = loop.Run(
                 chosen, folder, experiment.dataset(chosen, cached, (0, 1)), timed,
-                mesh.total(devices), _draw, checkpoints, _nothing, progress,
+                mesh.total(devices), _draw, checkpoints, _nothing, weights_and_biases.nowhere,
+                progress,
             )  # fmt: skip
             loop.to_the_end(run, lambda _: now, 0)
     arrays = len(jax.tree.leaves((now, frozen)))

@@ -83,16 +83,21 @@ def main() -> None:
     parser.add_argument("--no_decode", action="store_true", help="latents, not images")
     options = parser.parse_args()
     size = models.SIZES[options.size]()
-    nets = models.nets(size, jnp.dtype(options.dtype))
-    function = partial(call, size, nets, _decode(size, options), options.steps)
+    functions = {
+        name: partial(
+            call, size, models.nets(size, jnp.dtype(options.dtype), attention=name),
+            _decode(size, options), options.steps,
+        )
+        for name in ("xla", options.attention)
+    }  # fmt: skip
     shapes = jax.eval_shape(partial(_parameters, size, options), models.parameter_shapes(size))
     key = jax.eval_shape(partial(jax.random.key, 0))
     prompts = jax.eval_shape(lambda: models.tokens(size, options.batch))
     shared = {
-        "flops": timing.count(function, key, shapes, prompts),
+        "flops": timing.count(functions["xla"], key, shapes, prompts),
         "parameters": {name: models.count(tree) for name, tree in shapes.items() if tree},
     }
-    runners = {} if options.dry_run else _runners(size, function, options)
+    runners = {} if options.dry_run else _runners(size, functions[options.attention], options)
     timing.report("sampler", options, shared, runners)
 
 

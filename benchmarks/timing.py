@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks import models
 from slam_jax import flops
+from slam_jax.nets import kernels
 
 IMPLEMENTATIONS = ("jax", "torch", "torch_compile")
 
@@ -36,6 +37,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     options.add_argument("--batch", type=positive, default=8, help="images per call")
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument(
+        "--attention", choices=kernels.BY_NAME, default="xla", help="JAX's: flash on TPUs"
+    )
     options.add_argument(
         "--repeat", type=positive, default=10, help="timed calls, after some untimed"
     )

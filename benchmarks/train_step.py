@@ -57,7 +57,7 @@ def _runners(
     size: models.Size, chosen: loss.Method, options: argparse.Namespace
 ) -> dict[str, timing.Runner]:
     dtype = jnp.dtype(options.dtype)
-    nets = models.nets(size, dtype, options.remat)
+    nets = models.nets(size, dtype, options.remat, options.attention)
     parameters = models.random_parameters(models.parameter_shapes(size))
     examples = models.examples(size, options.batch, options.cached)
     runners = {}

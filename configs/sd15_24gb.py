@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.accumulate = 16
     config.ema_rate = 0.95
+    config.attention = "xla"
 
     config.teacher = ConfigDict(
         dict(
@@ -78,7 +79,7 @@ def get_config() -> ConfigDict:
     config.faults = ConfigDict(
         dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1, timeout_s=600)
     )
-    config.log = ConfigDict(dict(every_steps=10))
+    config.log = ConfigDict(dict(every_steps=10, wandb_project=""))
     # Examples are spread over all devices; every device holds a copy of the whole state.
     config.mesh = ConfigDict(dict(axes=(("data", -1),), rules=((".*", ()),)))
     return config

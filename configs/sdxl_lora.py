@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.accumulate = 1
     config.ema_rate = 0.95
+    config.attention = "xla"
 
     config.teacher = ConfigDict(
         dict(
@@ -42,8 +43,7 @@ def get_config() -> ConfigDict:
                     "to_[qkv]",
                     r"to_out\.0",
                     "proj_(in|out)",
-                    r"ff\.net\.0\.proj",
-                    r"ff\.net\.2",
+                    r"ff\.net\.(0\.proj|2)",
                     "conv[12]",
                     "conv_shortcut",
                     r"(down|up)samplers\.0\.conv",
@@ -95,6 +95,6 @@ def get_config() -> ConfigDict:
     config.faults = ConfigDict(
         dict(max_grad_norm=1e3, max_skips=10, max_rollbacks=1, timeout_s=600)
     )
-    config.log = ConfigDict(dict(every_steps=10))
+    config.log = ConfigDict(dict(every_steps=10, wandb_project=""))
     config.mesh = ConfigDict(dict(axes=(("data", -1),), rules=((".*", ()),)))
     return config

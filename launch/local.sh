@@ -6,7 +6,8 @@
 # What follows N goes to every process. Ctrl-C and SIGTERM are passed on as SIGTERM, after which
 # a training run saves and ends; a second one kills. When a process fails, all end, and the exit
 # status is that of the first that failed. After status 42 (a process got SIGTERM and all
-# have saved) the job is started again, unless it was this script that was told to stop.
+# have saved) the job is started again, unless it was this script that was told to stop. After
+# Ctrl-C the exit status is 130.
 
 set -u
 
@@ -23,7 +24,8 @@ num=$1
 shift
 
 pids=()
-told=0 # how often this script was told to stop
+told=0        # how often this script was told to stop
+interrupted=0 # whether by Ctrl-C
 
 send() { # to all that still run
   for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null; done
@@ -33,7 +35,8 @@ stop() {
   told=$((told + 1))
   if ((told == 1)); then send TERM; else send KILL; fi
 }
-trap stop INT TERM
+trap stop TERM
+trap 'interrupted=1; stop' INT
 
 start() {
   local port=$PORT id
@@ -79,5 +82,7 @@ while true; do
   start "$@"
   if ((told)); then send TERM; fi
   finish
+  # 143 and 137 are what SIGTERM and SIGKILL make of a program that does not save on SIGTERM.
+  if ((interrupted && (status == 42 || status == 143 || status == 137))); then exit 130; fi
   if ((status != 42 || told)); then exit "$status"; fi
 done

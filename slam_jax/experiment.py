@@ -1,6 +1,7 @@
 """What the settings stand for: teacher, data, networks and loss of an experiment."""
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from slam_jax.data import (
 from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, step
 from slam_jax.errors import UserError
-from slam_jax.nets import lora
+from slam_jax.nets import kernels, lora
 from slam_jax.settings import Distill, Settings
 from slam_jax.weights import fingerprint, hub, pretrained, translate
 from slam_jax.weights import lora as lora_file
@@ -157,20 +158,32 @@ def shipped(
     return lora_file.merged(base, additions), additions
 
 
-def nets(settings: Settings, teacher: pretrained.Pretrained, student_config: dict) -> step.Nets:
-    """The networks in their dtypes; UserError if the images do not suit the VAE."""
+def nets(
+    settings: Settings, teacher: pretrained.Pretrained, student_config: dict,
+    on_own_examples: Callable[[Callable], Callable],
+) -> step.Nets:  # fmt: skip
+    """The networks in their dtypes; UserError if the images do not suit the VAE.
+
+    on_own_examples: of a function that XLA cannot cut, makes one for examples on many devices.
+    """
     frozen_dtype = pipeline.dtype(settings.teacher.dtype)
     pipeline.latent_shape(teacher, settings.data.size)
+    attend = _choose(kernels.BY_NAME, "attention", settings.attention)
+    if attend is kernels.flash:
+        attend = on_own_examples(attend)
     student_net, student_params = pipeline.student, step.all_trained
     if settings.student.lora.rank:
         student_net = pipeline.lora_student
         student_params = partial(lora.merge, scale=lora_scale(settings))
     return step.Nets(
         student=student_net(
-            student_config, pipeline.dtype(settings.student.dtype), settings.student.remat
+            student_config,
+            pipeline.dtype(settings.student.dtype),
+            settings.student.remat,
+            attend,
         ),
         student_params=student_params,
-        teacher=pipeline.teacher(teacher.unet.config, frozen_dtype),
+        teacher=pipeline.teacher(teacher.unet.config, frozen_dtype, attend),
         encode_image=pipeline.encode_image(teacher.vae.config, frozen_dtype),
         encode_text=pipeline.encode_text(teacher, frozen_dtype),
     )

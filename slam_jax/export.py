@@ -9,14 +9,27 @@ folder, gamma embedding included), diffusers-folded (the same as a plain UNet), 
 spell it).
 """
 
+import math
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 from absl import flags
 
 from slam_jax import command, experiment, settings, students, trained
 from slam_jax.errors import UserError
-from slam_jax.runtime import bucket, folder
-from slam_jax.weights import card, lora, lora_svd, pretrained, single_file
+from slam_jax.runtime import bucket, folder, log
+from slam_jax.weights import (
+    card,
+    lora,
+    lora_svd,
+    pretrained,
+    single_file,
+    tensorfile,
+    translate,
+)  # fmt: skip
 from slam_jax.weights import student as student_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, here or gs://BUCKET/FOLDER.")
@@ -49,20 +62,53 @@ def main() -> None:
     workdir = bucket.reached("workdir", _WORKDIR.value)
     config = trained.read_settings(workdir)
     _check_rank(config.student.lora.rank, _FORMAT.value, _EXTRACT_LORA.value)
-    teacher = pretrained.load(experiment.teacher(config))
+    found = experiment.teacher(config)
     step = trained.latest(workdir)
-    student = trained.read(workdir, step, _STATE[_WEIGHTS.value], teacher.unet, config)
+    whole, of_unet = (sum(map(math.prod, _shapes(part))) for part in (found, found.unet.params))
+    last = of_unet if _FORMAT.value == "lora" else whole
+    with log.bar(0, whole + of_unet + last) as progress:
+        progress.bar.unit_scale, told = True, progress.bar.update
+        with log.phase(progress, "reading"):
+            teacher = pretrained.load(found, place=partial(_counted, told))
+            student = trained.read(workdir, step, _STATE[_WEIGHTS.value], teacher.unet, config)
+            told(of_unet)
+        with log.phase(progress, "writing"):
+            kept = _write(out, config, step, teacher, student, told)
+            told(progress.bar.total - progress.bar.n)
+    for name, share in kept.items():
+        print(f"{share:8.2%} {name}")
+    print(f"{out}: step {step}, {_WEIGHTS.value} weights, {_DTYPE.value}")
+
+
+def _shapes(params: Any) -> list[tuple[int, ...]]:
+    """Of all parameters, read or not, in a tree."""
+    return [leaf.shape for leaf in jax.tree.leaves(params) if isinstance(leaf, translate.Unread)]
+
+
+def _counted(told: tensorfile.Told, _path: tuple[str, ...], parameter: np.ndarray) -> np.ndarray:
+    """The parameter as it is."""
+    told(parameter.size)
+    return parameter
+
+
+def _write(
+    out: Path, config: settings.Settings, step: int, teacher: pretrained.Pretrained,
+    student: pretrained.Component, told: tensorfile.Told,
+) -> dict[str, float]:  # fmt: skip
+    """In the format asked for; of an extracted LoRA, the share of each tensor's change it keeps."""
     unet, additions = experiment.shipped(config, teacher.unet, student)
+    kept = {}
     if _FORMAT.value != "diffusers":
         unet = students.fold_gamma(unet)
     model = student_folder.student(
         teacher, unet, original_inference_steps=config.distill.num_subpaths
     )
     if _FORMAT.value == "lora":
-        additions = additions or _extract(teacher.unet, unet, _EXTRACT_LORA.value)
+        if additions is None:
+            additions, kept = lora_svd.extract(teacher.unet, unet, _EXTRACT_LORA.value, told)
         lora.write(out, additions, dtype=_DTYPE.value)
     elif _FORMAT.value == "single-file":
-        single_file.write(out, model, dtype=_DTYPE.value)
+        single_file.write(out, model, dtype=_DTYPE.value, told=told)
     else:
         readme = card.card(
             base=config.teacher.model,
@@ -72,8 +118,8 @@ def main() -> None:
             settings=settings.as_dict(config),
             dtype=_DTYPE.value,
         )
-        pretrained.write(out, model, dtype=_DTYPE.value, readme=readme)
-    print(f"{out}: step {step}, {_WEIGHTS.value} weights, {_DTYPE.value}")
+        pretrained.write(out, model, dtype=_DTYPE.value, readme=readme, told=told)
+    return kept
 
 
 def _check_out(out: Path, form: str, overwrite: bool) -> None:
@@ -95,14 +141,6 @@ def _check_rank(trained_rank: int, form: str, extracted_rank: int | None) -> Non
         raise UserError(
             "this run trained all parameters; for a LoRA of them give --extract_lora RANK"
         )
-
-
-def _extract(teacher: pretrained.Component, unet: pretrained.Component, rank: int) -> dict:
-    """The best LoRA of that rank; prints the share of each tensor's change that it keeps."""
-    additions, kept = lora_svd.extract(teacher, unet, rank)
-    for name, share in kept.items():
-        print(f"{share:8.2%} {name}")
-    return additions
 
 
 if __name__ == "__main__":

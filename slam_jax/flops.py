@@ -12,8 +12,9 @@ from jax.extend import core
 def count(jaxpr: core.Jaxpr, *, unrolled: bool = True) -> int:
     """Multiplications and additions of all dot_general and conv_general_dilated, loops unrolled.
 
-    Padding counts as if it were data. Of the branches of a `cond` the dearest counts. unrolled:
-    False counts the body of a loop once, as XLA does.
+    Padding counts as if it were data. Of the branches of a `cond` the dearest counts, and a
+    kernel's body as often as its grid has places. unrolled: False counts as XLA does, the body of
+    a loop once and kernels not at all.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -23,6 +24,9 @@ def count(jaxpr: core.Jaxpr, *, unrolled: bool = True) -> int:
                 total += _dot(equation)
             case "conv_general_dilated":
                 total += _convolution(equation)
+            case "pallas_call":
+                places = math.prod(equation.params["grid_mapping"].grid)
+                total += places * sum(inner) if unrolled else 0
             case "scan":
                 total += (equation.params["length"] if unrolled else 1) * sum(inner)
             case "cond":

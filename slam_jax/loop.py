@@ -18,7 +18,15 @@ from slam_jax import interrupt
 from slam_jax.data import batches, tally
 from slam_jax.distill.state import TrainState
 from slam_jax.errors import Preempted, UserError
-from slam_jax.runtime import checkpoint, folder, hosts, images, log, peers
+from slam_jax.runtime import (
+    checkpoint,
+    folder,
+    hosts,
+    images,
+    log,
+    peers,
+    weights_and_biases,
+)  # fmt: skip
 from slam_jax.settings import Settings
 
 _NUM_PREFETCH = 4  # batches held ready
@@ -37,6 +45,7 @@ class Run(NamedTuple):
     draw: Callable[[Any], np.ndarray]  # target -> images [prompts, 2, H, W, 3]
     checkpoints: ocp.CheckpointManager
     push: Callable[[], None]  # copies the files of workdir to where they are kept, if not there
+    track: weights_and_biases.Track
     progress: log.Progress
 
 
@@ -160,7 +169,7 @@ def _open(run: Run, done: int, offset: int) -> Iterator[tuple[log.Log, Iterator[
         num_threads=data.num_threads, num_workers=data.num_workers, num_prefetch=_NUM_PREFETCH,
     )  # fmt: skip
     with (
-        log.started(run.workdir, done, run.progress) as journal,
+        log.started(run.workdir, done, run.track, run.progress) as journal,
         contextlib.closing(feed),
         jax.transfer_guard("disallow"),
     ):

@@ -17,7 +17,7 @@ from slam_jax.diffusion import guidance, ode_sampler, parameterization, sampler
 from slam_jax.diffusion.parameterization import Prediction
 from slam_jax.diffusion.schedule import Schedule
 from slam_jax.errors import UserError
-from slam_jax.nets import clip, unet, vae
+from slam_jax.nets import clip, kernels, unet, vae
 from slam_jax.shapes import (
     Coeff,
     Conditioning,
@@ -186,10 +186,10 @@ def encode_null_text(
 
 
 def teacher(
-    config: Mapping, dtype: DTypeLike
+    config: Mapping, dtype: DTypeLike, attend: Callable = kernels.attend
 ) -> Callable[[Params, Latent, Time, Conditioning], Latent]:
     """(params, x, t, text) -> raw output."""
-    net = unet.from_config(config, dtype=dtype)
+    net = unet.from_config(config, dtype=dtype, attend=attend)
 
     def call(params: Params, x: Latent, t: Time, text: Conditioning) -> Latent:
         return net.apply({"params": params}, x, t, text)
@@ -198,13 +198,13 @@ def teacher(
 
 
 def student(
-    config: Mapping, dtype: DTypeLike, remat: str = "none"
+    config: Mapping, dtype: DTypeLike, remat: str = "none", attend: Callable = kernels.attend
 ) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
     """(params, x, t, text, gamma) -> raw output.
 
     Without time_cond_proj_dim in its config the student is made for gamma = 1 and sees no gamma.
     """
-    net = unet.from_config(config, dtype=dtype, remat=remat)
+    net = unet.from_config(config, dtype=dtype, remat=remat, attend=attend)
     dim = net.time_cond_proj_dim
 
     def call(params: Params, x: Latent, t: Timestep, text: Conditioning, gamma: Coeff) -> Latent:
@@ -215,7 +215,7 @@ def student(
 
 
 def lora_student(
-    config: Mapping, dtype: DTypeLike, remat: str = "none"
+    config: Mapping, dtype: DTypeLike, remat: str = "none", attend: Callable = kernels.attend
 ) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
     """(params, x, t, text, gamma) -> raw output; the LoRA is merged into params.
 
@@ -227,7 +227,7 @@ def lora_student(
 
     The two differ by a constant, linear_1's image of C e(1), which is a shift of its bias.
     """
-    net = unet.from_config(config, dtype=dtype, remat=remat)
+    net = unet.from_config(config, dtype=dtype, remat=remat, attend=attend)
     dim = net.time_cond_proj_dim
 
     def call(params: Params, x: Latent, t: Timestep, text: Conditioning, gamma: Coeff) -> Latent:

@@ -3,8 +3,8 @@
     python -m slam_jax.serve
     python -m slam_jax.serve --model runs/tiny/student --teacher assets/tiny_sd --w 8
 
-Without --model it takes the newest runs/*/student, or the small teacher that comes with the
-project. Needs pip install 'slam_jax[serve]'. Ctrl-C ends it.
+Without --model the student draws that comes with the package; it knows two coloured shapes. Needs
+pip install 'slam_jax[serve]'. Ctrl-C ends it.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -23,11 +22,11 @@ from slam_jax import command, drawing_queue, interactive, live_page
 from slam_jax.drawing_queue import Wanted
 from slam_jax.errors import UserError
 from slam_jax.runtime import bucket
-from slam_jax.weights import hub
+from slam_jax.weights import embedded, hub
 
 _MODEL = flags.DEFINE_string(
     "model", None, "Model folder in diffusers' layout, here or gs://BUCKET/FOLDER, or ORG/NAME on "
-    "the Hugging Face hub; the newest runs/*/student unless given.",
+    "the Hugging Face hub; the embedded student unless given.",
     allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
 _TEACHER = flags.DEFINE_string("teacher", None, "Model to compare with, drawn by DDIM in 50 steps.")
@@ -48,7 +47,6 @@ _EXAMPLE = "a red circle above a blue square"
 _STUDENT_STEPS = (1, 2, 4, 8)
 _PLAIN_STEPS = (4, 8, 20, 50)  # of a model that is no student
 _TEACHER_STEPS = 50
-_EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny_sd"
 
 
 def main() -> None:
@@ -57,14 +55,14 @@ def main() -> None:
         raise UserError(
             f"--waiting {_WAITING.value}: a page asks for {len(_STUDENT_STEPS)} at once"
         )
-    name = choose(Path("runs")) if _MODEL.value is None else _MODEL.value
+    model, said = embedded.named(_MODEL.value)
     with listening(_HOST.value, _PORT.value) as heard:
-        drawers = {"student": _started(name)}
+        drawers = {"student": _started(model)}
         if _TEACHER.value is not None:
             drawers["teacher"] = _started(_TEACHER.value)
         if "teacher" in drawers and drawers["teacher"].is_student:
             raise UserError(f"--teacher {_TEACHER.value} is a few-step student; give its teacher")
-        shown = _shown(name, drawers)
+        shown = _shown(said, drawers)
         _prepare(drawers, shown.steps)
         _serve(drawers, shown, heard)
 
@@ -72,21 +70,6 @@ def main() -> None:
 def _check_installed() -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the live page needs Gradio: pip install 'slam_jax[serve]'")
-
-
-def choose(runs: Path) -> str:
-    """The student of the newest run in that folder, or the small teacher of this project.
-
-    UserError if there is neither.
-    """
-    students_found = sorted(
-        runs.glob("*/student/model_index.json"), key=lambda path: path.stat().st_mtime
-    )
-    if students_found:
-        return str(students_found[-1].parent)
-    if not _EMBEDDED.is_dir():
-        raise UserError(f"{runs}/*/student is not there; give --model FOLDER, or run make demo")
-    return str(_EMBEDDED)
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -106,9 +106,10 @@ class Checkpoint(NamedTuple):
 
 
 class Log(NamedTuple):
-    """Lines of metrics.jsonl and TensorBoard."""
+    """Lines of metrics.jsonl, TensorBoard and Weights & Biases."""
 
     every_steps: int
+    wandb_project: str  # of Weights & Biases; "" to send nothing there
 
 
 class Mesh(NamedTuple):
@@ -126,6 +127,7 @@ class Settings(NamedTuple):
     batch_size: int  # over all devices and microbatches
     accumulate: int  # microbatches per update
     ema_rate: float  # of the target, per update
+    attention: str  # how it is computed: xla, flash (a kernel for TPUs), cudnn (for NVIDIA GPUs)
     teacher: Teacher
     student: Student
     distill: Distill
@@ -138,10 +140,10 @@ class Settings(NamedTuple):
     mesh: Mesh
 
 
-# May differ when a run is resumed: they do not touch what is learnt.
+# May differ when a run is resumed: they do not touch what is learnt, but for rounding.
 FREE = (
-    "num_steps", "eval", "checkpoint", "faults", "log", "data.max_bad_fraction", "data.index_dir",
-    "data.num_threads", "data.num_workers",
+    "num_steps", "attention", "eval", "checkpoint", "faults", "log", "data.max_bad_fraction",
+    "data.index_dir", "data.num_threads", "data.num_workers",
 )  # fmt: skip
 
 _AT_LEAST_ONE = (

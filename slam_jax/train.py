@@ -12,7 +12,7 @@ from slam_jax.data import text_inputs
 from slam_jax.distill import state
 from slam_jax.errors import UserError
 from slam_jax.evaluation import final
-from slam_jax.runtime import bucket, checkpoint, folder, hosts, log, mesh
+from slam_jax.runtime import bucket, checkpoint, folder, hosts, log, mesh, weights_and_biases
 from slam_jax.settings import FREE, Settings, as_dict
 from slam_jax.weights import lora as lora_file
 from slam_jax.weights import pretrained, translate
@@ -26,6 +26,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
     folder.check_writable(workdir)
     done = _steps_done(settings, where)
     mesh.check_rules(**settings.mesh._asdict())
+    weights_and_biases.check(settings.log.wandb_project)
     if settings.eval.judge:
         final.check(settings)
     found = experiment.teacher(settings)
@@ -40,7 +41,12 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
     if hosts.is_first():
         folder.start(workdir, as_dict(settings))
 
-    with log.bar(done, settings.num_steps) as progress:
+    with (
+        log.bar(done, settings.num_steps) as progress,
+        weights_and_biases.opened(
+            settings.log.wandb_project, workdir, as_dict(settings), partial(log.say, progress)
+        ) as track,
+    ):
         with log.phase(progress, "loading"):
             train_key, samples_key = _keys(settings.seed, built.replicated)
             place = mesh.placer(devices, settings.mesh.rules)
@@ -71,7 +77,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
                 settings, workdir, dataset,
                 step=lambda now, arrays: train_step(now, frozen, put(arrays), train_key),
                 total=mesh.total(devices), draw=draw, checkpoints=checkpoints, push=where.push,
-                progress=progress,
+                track=track, progress=progress,
             )  # fmt: skip
             now = loop.to_the_end(run, restored, done)
 

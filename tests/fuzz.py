@@ -464,6 +464,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", default=sorted(TARGETS))
     arguments = parser.parse_args()
     sys.dont_write_bytecode = True
+    os.environ["SLAM_JAX_CACHE"] = ""  # where else would shapes of networks be kept
     sys.addaudithook(_audit)
     total = sum(TARGETS[name].share for name in arguments.targets)
     for name in arguments.targets:

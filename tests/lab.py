@@ -1,11 +1,14 @@
 """Runs the program as a user does, on a random model, in a folder of its own."""
 
+import contextlib
 import json
 import os
 import pathlib
+import pty
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 
 import jax
@@ -16,9 +19,17 @@ ROOT = pathlib.Path(__file__).parents[1]
 NUM_STEPS = 12
 SAVE_EVERY = 2
 
-# Importing any of these fails in the runs, as where they are not installed.
-BLOCKER = """
+# What every run begins with. Importing some packages fails, as where they are not installed.
+# JAX lets process 0 alone keep what it has compiled, which on CPUs no other process can use.
+SITE = """
 import sys
+import types
+
+import jax._src.compiler
+
+jax._src.compiler.distributed = types.SimpleNamespace(
+    global_state=types.SimpleNamespace(process_id=0)
+)
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -84,15 +95,16 @@ class Lab:
             "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "PYTHONPATH": os.pathsep.join([str(folder / "blocker"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)]),
         }  # fmt: skip
-        (folder / "blocker").mkdir()
-        (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER)
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
         (folder / "model").symlink_to(model)
 
     def start(
-        self, workdir: str, cwd: str = ".", *flags: str, **environment: str
-    ) -> subprocess.Popen:
+        self, workdir: str, cwd: str = ".", *flags: str, stderr: int = subprocess.PIPE,
+        **environment: str,
+    ) -> subprocess.Popen:  # fmt: skip
         """flags: further ones of the program, which win over those that are always given."""
         settings = {
             "teacher.model": "model", "num_steps": NUM_STEPS, "batch_size": 4, "accumulate": 2,
@@ -110,8 +122,22 @@ class Lab:
                 *(f"--config.{name}={value}" for name, value in settings.items()), *flags,
             ],
             cwd=self.folder / cwd, env=self.environment | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=stderr,
         )  # fmt: skip
+
+    def on_terminal(self, *arguments: str) -> tuple[int, str]:
+        """(exit status, what is shown) of what `start` starts, its stderr a terminal."""
+        ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (24, 120))
+        process = self.start(*arguments, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+            # An error is how a terminal ends that nobody writes to any more.
+            while chunk := terminal.read(2**16):
+                shown += chunk
+        process.communicate()
+        return process.returncode, shown.decode()
 
     def finish(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         """(exit status, stdout, stderr) of what `start` starts."""

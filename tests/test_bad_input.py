@@ -21,6 +21,7 @@ SERVER = """
 import json, os, runpy, sys, tempfile
 import slam_jax.train, ml_collections.config_flags
 from jax._src import xla_bridge
+sys.modules["wandb"] = None  # as where it is not installed
 results = []
 for module, arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile() as errors:
@@ -53,12 +54,14 @@ VALUES = {
     "wrong_type": (["--config.num_steps=many"], "=many must be a whole number, such as .*=600"),
     "no_number": (["--config.distill.w=big"], r"=big must be a number, such as .*\.w=8\.0"),
     "remat": (["--config.student.remat=True"], "'True' is not one of none, .*save_convs, all"),
+    "wandb": (["--config.log.wandb_project=x"], r"pip install 'slam_jax\[wandb\]'"),
     "unknown_flag": (["--wrokdir=x"], "wrokdir.*Did you mean: workdir"),
     "mesh_pairs": (["--config.mesh.axes=1"], r"mesh\.axes \(1,\) must be pairs"),
     "stray_word": (["resume"], "'resume'"),
     "not_positive": (["--config.num_steps=0"], r"config\.num_steps=0 must be at least 1"),
     "ema_rate": (["--config.ema_rate=1.0"], r"config\.ema_rate=1\.0 .*\[0, 1\)"),
     "no_folder": (["--config.teacher.model=/no/such"], "no folder /no/such; .*ORG/NAME"),
+    "attention": (["--config.attention=fast"], "'fast' is not known; there are xla, flash, cudnn"),
     "mu_dtype": (["--config.optimizer.mu_dtype=float16"], "'float16'.*float32, bfloat16"),
     "dtype": (["--config.student.dtype=int8"], "'int8'.*float32, bfloat16"),
     "cond_proj": (["--config.student.cond_proj=ones"], "'ones'.*random, zero"),
@@ -102,6 +105,7 @@ LATE_VALUES = {
         ["--config.distill.length=50", "--config.distill.stride=20"],
         "length 50 must be a positive multiple of stride",
     ),
+    "flash": (["--config.attention=flash"], "attention=flash is made for TPUs, not for cpu"),
     "learning_rate": (["--config.optimizer.learning_rate=0.0"], "learning_rate 0.0"),
     "batch_size": (["--config.batch_size=30"], "batch_size 30 .* 4 devices .*use 28 or 32"),
     "accumulate": (
@@ -128,7 +132,7 @@ def _config_files(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
             r"config\.lr is not known",
         ),
         "no_group": (
-            tiny.replace("config.log = ConfigDict(dict(every_steps=10))", "config.log = 10"),
+            re.sub(r"config\.log = .*", "config.log = 10", tiny),
             r"config\.log=10 must be a group",
         ),
     }  # fmt: skip
@@ -202,7 +206,7 @@ def _sample_cases(folder: pathlib.Path, model: pathlib.Path) -> dict[str, tuple[
     known = [f"--model={model}", f"--out={folder}/out.png"]
     prompt = "--prompt=a circle"
     return {
-        "sample_no_model": ([f"--out={folder}/x.png", prompt], "--model must be given"),
+        "sample_no_out": ([known[0], prompt], "--out must be given"),
         "sample_out": ([known[0], f"--out={folder}/x.jpg", prompt], r"x\.jpg must end in"),
         "sample_no_prompt": (known, "one of --prompt and --prompts"),
         "sample_no_file": ([*known, "--prompts=/no/file"], "cannot read --prompts /no/file"),

@@ -29,10 +29,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "configs" / "eval" / "tiny.py"
 
 # Reads lists of arguments from stdin; prints [status, stdout, stderr, devices touched] for each.
+# Those that start with "terminal" find one at stderr.
 SERVER = """
-import json, os, runpy, sys, tempfile
+import io, json, os, runpy, sys, tempfile
 import slam_jax.train, slam_jax.evaluation.history, ml_collections.config_flags
 from jax._src import xla_bridge
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
 results = []
 for arguments in json.load(sys.stdin):
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
@@ -40,6 +46,9 @@ for arguments in json.load(sys.stdin):
         if child == 0:
             os.dup2(out.fileno(), 1)
             os.dup2(errors.fileno(), 2)
+            if arguments[0] == "terminal":
+                sys.stderr = Terminal(sys.stderr.buffer, write_through=True)
+                del arguments[0]
             sys.argv = ["evaluate", *arguments]
             status = 0
             try:
@@ -142,8 +151,8 @@ def answers(folder, tiny_folder):
     ]  # fmt: skip
     compare = [*few, f"--model={tiny_folder}", "--steps=1", "--w=2", f"--out={folder}/out"]
     requests = {
-        "compare": compare,
-        "again": compare,
+        "compare": ["terminal", *compare],
+        "again": ["terminal", *compare],
         "watch": [*few, f"--watch={run}", "--steps=1"],
         "rewatch": [*few, f"--watch={run}", "--steps=1", "--watch_once"],
         **{name: arguments for name, (arguments, _) in mistakes.items()},
@@ -188,11 +197,13 @@ def test_the_second_time_nothing_is_drawn(answers):
     (_, first, drawn, _), (status, again, looked, _) = answers[0]["compare"], answers[0]["again"]
     assert status == 0 and first == again
     assert "compiling" in drawn and "compiling" not in looked
+    assert re.search(r"100%\|.* 24/24 \[\d\d:\d\d<00:00", drawn), drawn
 
 
 def test_each_checkpoint_is_scored_and_the_best_is_kept(answers, folder, tiny_folder):
     status, stdout, stderr, _ = answers[0]["watch"]
     assert status == 0, stderr
+    assert "%|" not in stderr  # no bar where nobody looks
     out = folder / "run" / "evaluation"
     lines = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]

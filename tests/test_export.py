@@ -1,8 +1,10 @@
 """Exports of a run's checkpoint: what torch loads draws what our sampler draws."""
 
+import io
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import diffusers
@@ -96,6 +98,26 @@ def _ours(run, noise):
         pipeline.text_params(teacher), tokens.encode(PROMPTS, (32, 32))
     )
     return np.asarray(jax.jit(draw)(target, teacher.vae.params, text, noise))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--format=single-file",), ("--format=lora", "--extract_lora=2")]
+)
+def test_a_terminal_shows_how_far_it_is(sd1_run, tmp_path, monkeypatch, capsys, options):
+    out = tmp_path / ("x.safetensors" if "single" in str(options) else "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        _export(sd1_run, out, *options)
+        shown = sys.stderr.getvalue()
+    assert re.search(r"reading: +\d+%\|.*\[\d\d:\d\d<", shown)
+    assert re.search(r"100%\|.* (\S+)/\1 \[\d\d:\d\d<00:00", shown)
+    _export(sd1_run, out, *options, "--overwrite")
+    assert capsys.readouterr().err == ""
 
 
 def _theirs(pipe, noise, monkeypatch):

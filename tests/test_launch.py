@@ -125,14 +125,14 @@ def test_local_ends_all_where_one_fails(job):
     assert time.monotonic() - began < 25
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_local_passes_on_what_ends_it(job, number):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_local_passes_on_what_ends_it(job, number, status):
     script = begin(job, "local.sh", "2", "waits")
     lines = [script.stdout.readline() for _ in range(2)]
     # Ctrl-C reaches all of a terminal's processes; here, as from kill, only the script.
     script.send_signal(number)
     out, err = script.communicate(timeout=200)
-    assert script.returncode == 42, (lines, err)
+    assert script.returncode == status, (lines, err)
     assert parts("".join(lines) + out) == [[0, 2], [1, 2]]  # and not again
 
 

@@ -5,7 +5,6 @@ import base64
 import collections
 import html.parser
 import io
-import os
 import threading
 
 import numpy as np
@@ -239,20 +238,6 @@ def test_long_bodies_are_refused():
     assert answered(join, "POST", [(b"content-length", b"65537")])[0] == 413
     assert answered(join, "POST")[0] == 411
     assert answered(join, "POST", [(b"content-length", b"-1")])[0] == 411
-
-
-def test_the_newest_student_is_chosen(tmp_path, monkeypatch):
-    for time, name in ((2, "newer"), (1, "older")):
-        index = tmp_path / name / "student" / "model_index.json"
-        index.parent.mkdir(parents=True)
-        index.write_text("{}")
-        os.utime(index, (time, time))
-    (tmp_path / "unfinished" / "student").mkdir(parents=True)
-    assert serve.choose(tmp_path) == str(tmp_path / "newer" / "student")
-    assert serve.choose(tmp_path / "none").endswith("tiny_sd")
-    monkeypatch.setattr(serve, "_EMBEDDED", tmp_path / "absent")
-    with pytest.raises(UserError, match="--model"):
-        serve.choose(tmp_path / "none")
 
 
 def test_a_port_in_use_is_a_mistake():

@@ -7,6 +7,7 @@ import importlib
 import json
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -78,11 +79,19 @@ def test_sample_grids_show_teacher_and_student(straight):
     assert (first[:, :96] == last[:, :96]).all() and (first[:, 98:] != last[:, 98:]).any()
 
 
-def test_bar_shows_compiling_and_training(straight):
-    _, err = straight
+def test_nothing_is_shown_where_nobody_looks(straight):
+    assert straight[1] == ""
+
+
+def test_a_terminal_shows_compiling_and_training(lab, straight):
+    workdir = _resumable(straight[0], lab.folder / "shown")
+    shutil.rmtree(workdir / "checkpoints" / str(NUM_STEPS))
+    status, shown = lab.on_terminal("shown")
+    assert status == 0, shown
     for word in ("compiling the step", "training: 100%", f"{NUM_STEPS}/{NUM_STEPS}", "images/s"):
-        assert word in err
-    assert "loss" in err and "Warning" not in err and "Traceback" not in err
+        assert word in shown
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, [\d.]+ images/s, loss", shown)
+    assert "Warning" not in shown and "Traceback" not in shown
 
 
 def test_student_folder_holds_the_target(straight, tiny_folder):

@@ -108,6 +108,20 @@ def test_sigterm_to_one_saves_all_and_another_number_of_hosts_goes_on(lab, one_h
     assert_same_run(workdir, one_host, 1e-3)
 
 
+def test_ctrl_c_reaches_all_of_a_terminal_and_the_run_goes_on(lab, two_hosts):
+    processes = lab.start_hosts("ctrl_c", *FLAGS)
+    workdir = lab.folder / "ctrl_c"
+    wait_for_step(workdir, 3)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    done = labs.end(processes)
+    assert [status for status, *_ in done] == [130, 130], done
+    for _, _, err in done:
+        (step,) = re.findall(r"\ninterrupted: saved after step (\d+); the same command goes", err)
+        assert "Traceback" not in err and int(step) in labs.saved(workdir)
+    assert labs.numbers(finish(lab, "ctrl_c")) == labs.numbers(two_hosts)
+
+
 def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(lab, two_hosts):
     processes = lab.start_hosts("killed", *FLAGS)
     wait_for_step(lab.folder / "killed", 5)

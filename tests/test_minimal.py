@@ -29,8 +29,7 @@ for path in sorted(package.rglob("*.py")):
         "__main__", "__init__", "main", "sample", "export", "prepare", "evaluate", "serve"
     ):
         importlib.import_module(".".join(path.with_suffix("").parts))
-sys.argv = ["sample", "--model=assets/tiny_sd", "--prompt=a red circle", "--steps=1",
-            f"--out={sys.argv[1]}"]
+sys.argv = ["sample", "--prompt=a red circle above a blue square", f"--out={sys.argv[1]}"]
 runpy.run_module("slam_jax.sample", run_name="__main__")
 """
 

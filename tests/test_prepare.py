@@ -1,8 +1,10 @@
 """Preparing a cache: its contents against the VAE's own, and that no kill and no host shows."""
 
+import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -60,11 +62,24 @@ def _options(photos, model):
     ]  # fmt: skip
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture(scope="module")
-def finished(photos, tiny_folder, tmp_path_factory):
+def on_terminal(photos, tiny_folder, tmp_path_factory):
+    """A finished cache, and what a terminal has shown."""
     out = tmp_path_factory.mktemp("finished") / "cache"
-    _run(out, *_options(photos, tiny_folder))
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", Terminal())
+        _run(out, *_options(photos, tiny_folder))
+        return out, sys.stderr.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(on_terminal):
+    return on_terminal[0]
 
 
 def _files(folder):
@@ -97,6 +112,11 @@ def test_records_are_the_posterior_of_the_pictures(finished, photos, tiny_folder
         assert (record.shard, record.key) == (str(photos), f"{number:02d}.png")
         assert record.caption == (photos / f"{number:02d}.txt").read_text().strip()
         assert tuple(record.time_ids[:2]) == (70 - number, 33 + 3 * number)
+
+
+def test_a_terminal_shows_how_far_it_is(on_terminal):
+    assert re.search(r"encoding: +\d+%\|.*\[\d\d:\d\d<", on_terminal[1])
+    assert f"{NUM}/{NUM} " in on_terminal[1] and "samples/s" in on_terminal[1]
 
 
 def test_the_manifest_says_how_it_was_made(finished, photos, tiny_folder):
@@ -313,8 +333,9 @@ def test_drawings_are_a_source(tmp_path, tiny_folder, capsys):
     options = ["--source=shapes2d", f"--model={tiny_folder}", "--size=32", "--num_images=20"]
     _run(tmp_path / "c", *options, "--crops=2", "--flip", "--records_per_shard=15")
     assert len(cache.find(tmp_path / "c")) == 40
-    told = capsys.readouterr().out
+    told, err = capsys.readouterr()
     assert "kept 20 of 20 pictures" in told and "2 times the work and disk" in told
+    assert err == ""  # no bar where nobody looks
     assert [n for _, n in verify.damage(tmp_path / "c")] == [None, None]
 
 

@@ -23,11 +23,11 @@ sys.path.append(str(pathlib.Path(__file__).parent))
 labs = importlib.import_module("lab")
 
 pytestmark = pytest.mark.soak
-NUM_STEPS = 40
+NUM_STEPS = 16
 TIMEOUT_S = 12
 FLAGS = (
     f"--config.num_steps={NUM_STEPS}", "--config.accumulate=1", "--config.distill.length=20",
-    "--config.eval.every_steps=20", f"--config.faults.timeout_s={TIMEOUT_S}",
+    "--config.eval.every_steps=16", f"--config.faults.timeout_s={TIMEOUT_S}",
 )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_killed_at_random_moments(lab, straight, table):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_killed(lab, straight, table, victim):
     workdir, steps = lab.folder / f"one{victim}", []
-    for step in (7, 22):
+    for step in (5, 11):
         processes = start(lab, workdir.name)
         wait_for(processes, lambda step=step: logged(workdir) >= step)
         processes[victim].kill()
@@ -154,7 +154,7 @@ def test_one_of_two_killed(lab, straight, table, victim):
 
 def test_told_to_end_during_a_save(lab, straight, table):
     workdir, steps = lab.folder / "told", []
-    for step in (6, 14, 24):
+    for step in (4, 8, 12):
         processes = start(lab, workdir.name)
 
         def saving(step=step):
@@ -173,7 +173,7 @@ def test_told_to_end_during_a_save(lab, straight, table):
 
 def test_newest_checkpoint_damaged(lab, straight, table):
     workdir, steps, rng = lab.folder / "flipped", [], np.random.default_rng(0)
-    for step in (8, 16, 24):
+    for step in (4, 8, 12):
         processes = start(lab, workdir.name)
         wait_for(processes, lambda step=step: saved(workdir) >= step)
         kill(processes)
@@ -239,7 +239,7 @@ def test_disk_full_for_a_while(lab, straight, table):
         with open(filler, "r+b") as file:
             file.truncate(file.seek(0, 2) - 2**17)
         kept = saved(workdir)
-        wait_for(processes, lambda: logged(workdir) >= kept + 8)
+        wait_for(processes, lambda: logged(workdir) >= kept + 4)
         assert saved(workdir) == kept
         filler.unlink()
         done = labs.end(processes)

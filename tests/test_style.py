@@ -463,7 +463,7 @@ GROUPS = {
     "teacher", "student", "distill", "optimizer", "data", "eval", "checkpoint", "faults", "log",
     "mesh",
 }  # fmt: skip
-TOP = {"seed", "num_steps", "batch_size", "accumulate", "ema_rate"}
+TOP = {"seed", "num_steps", "batch_size", "accumulate", "ema_rate", "attention"}
 
 
 def all_leaves(config: dict) -> Iterator[object]:

@@ -1,6 +1,7 @@
 """The embedded model: 256 captions of shapes2d, 4,000 real drawings, features of its classifier.
 
-What `make demo` ends with, and the same numbers for any other model of these drawings:
+What `make demo` ends with, and the same numbers for any other model of these drawings; without
+--model for the teacher, the embedded student, and that of `make demo` if there is one:
 
     python -m slam_jax.evaluate --protocol configs/eval/tiny.py --out runs/tiny_eval
 """
@@ -31,7 +32,7 @@ def get_config() -> ConfigDict:
     )
     config.comparison = ConfigDict(
         dict(
-            models=("assets/tiny_sd", "runs/tiny/student"),
+            models=("assets/tiny_sd", "slam_jax/tiny_student", "runs/tiny/student"),
             teacher_samplers=("ddim",),
             teacher_steps=(50, 4, 2, 1),
             student_steps=(4, 2, 1),

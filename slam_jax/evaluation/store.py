@@ -54,8 +54,8 @@ def load(path: Path) -> Arrays:
             with np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (
-            EOFError, TypeError, MemoryError, NotImplementedError, RuntimeError, SyntaxError,
-            tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+            EOFError, TypeError, MemoryError, NotImplementedError, OSError, RuntimeError,
+            SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
         ) as error:  # fmt: skip
             raise ValueError(f"no whole .npz: {error}") from None
 

@@ -1,34 +1,13 @@
 """The transformer that Stable Diffusion's UNet puts after a residual block."""
 
-import math
+from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from slam_jax.nets import layers
-
-
-def attend(
-    query: Float[Array, "B Q N D"], key: Float[Array, "B K N D"], value: Float[Array, "B K N D"]
-) -> Float[Array, "B Q N D"]:
-    """softmax(query key^T / sqrt(D)) value, for each of N heads; logits and softmax in float32.
-
-    The one place where attention is computed: a kernel replaces this function alone. Divided by the
-    sum last, [Q, D] numbers instead of [Q, K], which is faster on a CPU, backwards too (LOG.md).
-    """
-    logits = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
-    logits = logits * (1 / math.sqrt(query.shape[-1]))
-    # The largest cancels out, so nothing need be differentiated through it.
-    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.exp(logits - largest)
-    mixed = jnp.einsum(
-        "bnqk,bknd->bqnd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
-    total = jnp.einsum("bnqk->bqn", weights)[..., None]
-    return (mixed / total).astype(value.dtype)
+from slam_jax.nets import kernels, layers
 
 
 class Attention(nn.Module):
@@ -36,6 +15,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
+    attend: Callable = kernels.attend
 
     @nn.compact
     def __call__(
@@ -47,7 +27,7 @@ class Attention(nn.Module):
             y = layers.dense(channels, self.dtype, name, use_bias=False)(inputs)
             return y.reshape(*y.shape[:2], self.num_heads, channels // self.num_heads)
 
-        y = attend(heads(x, "to_q"), heads(context, "to_k"), heads(context, "to_v"))
+        y = self.attend(heads(x, "to_q"), heads(context, "to_k"), heads(context, "to_v"))
         return layers.dense(channels, self.dtype, "to_out.0")(y.reshape(x.shape))
 
 
@@ -70,15 +50,16 @@ class BasicTransformerBlock(nn.Module):
 
     num_heads: int
     dtype: DTypeLike = jnp.float32
+    attend: Callable = kernels.attend
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B Q C"], text: Float[Array, "B L D"]
     ) -> Float[Array, "B Q C"]:
         h = layers.layer_norm(1e-5, self.dtype, "norm1")(x)
-        x = x + Attention(self.num_heads, self.dtype, name="attn1")(h, h)
+        x = x + Attention(self.num_heads, self.dtype, self.attend, name="attn1")(h, h)
         h = layers.layer_norm(1e-5, self.dtype, "norm2")(x)
-        x = x + Attention(self.num_heads, self.dtype, name="attn2")(h, text)
+        x = x + Attention(self.num_heads, self.dtype, self.attend, name="attn2")(h, text)
         h = layers.layer_norm(1e-5, self.dtype, "norm3")(x)
         return x + FeedForward(self.dtype, name="ff")(h)
 
@@ -95,6 +76,7 @@ class Transformer2DModel(nn.Module):
     num_groups: int
     use_linear_projection: bool
     dtype: DTypeLike = jnp.float32
+    attend: Callable = kernels.attend
 
     @nn.compact
     def __call__(
@@ -105,7 +87,7 @@ class Transformer2DModel(nn.Module):
         h = self.project(h, "proj_in").reshape(batch, height * width, channels)
         for i in range(self.num_layers):
             block = BasicTransformerBlock(
-                self.num_heads, self.dtype, name=f"transformer_blocks.{i}"
+                self.num_heads, self.dtype, self.attend, name=f"transformer_blocks.{i}"
             )
             h = block(h, text)
         return x + self.project(h.reshape(x.shape), "proj_out")

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from slam_jax.errors import UserError
-from slam_jax.nets import attention, embeddings, layers, unet_blocks
+from slam_jax.nets import attention, embeddings, kernels, layers, unet_blocks
 from slam_jax.shapes import Conditioning, Time
 
 # Whether a block type of the config has transformers.
@@ -46,9 +46,10 @@ class UNet2DConditionModel(nn.Module):
     """The network eps (or v) = unet(x_t, t, text, gamma embedding).
 
     Fields are the keys of a diffusers unet/config.json, with its defaults, plus `dtype` (compute;
-    parameters are float32) and `remat` (what the backward pass computes again: a key of REMAT).
-    As in those configs, `attention_head_dim` is the NUMBER of heads; where
-    a field takes a tuple it has one entry per level, from the finest on.
+    parameters are float32), `remat` (what the backward pass computes again: a key of REMAT) and
+    `attend` (what computes attention, of kernels.py). As in those configs,
+    `attention_head_dim` is the NUMBER of heads; where a field takes a tuple it has one entry per
+    level, from the finest on.
     """
 
     in_channels: int = 4
@@ -71,6 +72,7 @@ class UNet2DConditionModel(nn.Module):
     projection_class_embeddings_input_dim: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    attend: Callable = kernels.attend
 
     @nn.compact
     def __call__(
@@ -174,6 +176,7 @@ class UNet2DConditionModel(nn.Module):
                 num_groups=self.norm_num_groups,
                 use_linear_projection=self.use_linear_projection,
                 dtype=self.dtype,
+                attend=self.attend,
             ),
         )
 
@@ -248,12 +251,16 @@ ONLY_VALUES = {
 DEFAULTS = {
     field.name: field.default
     for field in dataclasses.fields(UNet2DConditionModel)
-    if field.name not in ("dtype", "remat", "parent", "name")
+    if field.name not in ("dtype", "remat", "attend", "parent", "name")
 }
 
 
 def from_config(
-    config: Mapping, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    config: Mapping,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    attend: Callable = kernels.attend,
 ) -> UNet2DConditionModel:
     """The UNet that a diffusers unet/config.json describes; missing keys take diffusers' defaults.
 
@@ -275,7 +282,7 @@ def from_config(
     check_levels(fields)
     check_divisible(fields)
     check_addition(fields)
-    return UNet2DConditionModel(**fields, dtype=dtype, remat=remat)
+    return UNet2DConditionModel(**fields, dtype=dtype, remat=remat, attend=attend)
 
 
 def one_width(cross_attention_dim: int | tuple[int, ...]) -> int:

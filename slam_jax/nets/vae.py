@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from slam_jax.errors import UserError
-from slam_jax.nets import layers
+from slam_jax.nets import kernels, layers
 from slam_jax.shapes import Image, Latent
 
 _EPSILON = 1e-6
@@ -43,9 +42,7 @@ class Attention(nn.Module):
         query = nn.Dense(channels, dtype=self.dtype, name="to_q")(h)
         key = nn.Dense(channels, dtype=self.dtype, name="to_k")(h)
         value = nn.Dense(channels, dtype=self.dtype, name="to_v")(h)
-        logits = jnp.einsum("bqc,bkc->bqk", query, key).astype(jnp.float32) * channels**-0.5
-        weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-        h = jnp.einsum("bqk,bkc->bqc", weights, value)
+        h = kernels.attend(*(each[:, :, None] for each in (query, key, value)))[:, :, 0]
         h = nn.Dense(channels, dtype=self.dtype, name="to_out.0")(h)
         return x + h.reshape(batch, height, width, channels)
 

@@ -20,6 +20,8 @@ from slam_jax.errors import UserError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*:/")
 _IN_BUCKET = re.compile(r"gs://([a-z0-9][a-z0-9._-]+)(?:/(.*))?")
+# What takes less time shows no bar.
+_SEEN_AFTER_S = 1.0
 # By this file readers know a model folder.
 _INDEX = "model_index.json"
 
@@ -151,8 +153,15 @@ def _temporary(name: str) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 
 def _fetch(there, local: Path, *, nested: bool) -> None:
-    for name in there.names(nested=nested):
-        there.get(name, local / name)
+    sizes = there.sizes(nested=nested)
+    # None: shown on a terminal alone.
+    with tqdm(
+        desc="downloading", total=sum(sizes.values()), unit="B", unit_scale=True, disable=None,
+        delay=_SEEN_AFTER_S,
+    ) as bar:  # fmt: skip
+        for name, size in sizes.items():
+            there.get(name, local / name)
+            bar.update(size)
 
 
 def _versions(local: Path) -> dict[str, _Version]:

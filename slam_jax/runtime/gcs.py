@@ -35,17 +35,21 @@ class Folder(NamedTuple):
             self._blob(name).upload_from_string(b"", **_PATIENCE)
         self.remove(name)
 
-    def names(self, *, nested: bool) -> list[str]:
-        """Names below the folder's; nested: "unet/config.json" too, which is in a folder in it.
+    def sizes(self, *, nested: bool) -> dict[str, int]:
+        """Names below the folder's -> bytes; nested: "unet/config.json" too, in a folder in it.
 
         Those that start with a dot are left out: other hosts' probes come and go.
         """
         delimiter = None if nested else "/"
         with _one_line():
             blobs = self.bucket.list_blobs(prefix=self.prefix, delimiter=delimiter, **_PATIENCE)
-            found = [blob.name.removeprefix(self.prefix) for blob in blobs]
+            found = {blob.name.removeprefix(self.prefix): blob.size for blob in blobs}
         # Consoles make empty objects that stand for folders.
-        return [name for name in found if name and not name.startswith(".") and name[-1] != "/"]
+        return {
+            name: size
+            for name, size in found.items()
+            if name and not name.startswith(".") and name[-1] != "/"
+        }
 
     def get(self, name: str, path: Path) -> None:
         """Copies an object to a file, in a folder that is made if need be."""

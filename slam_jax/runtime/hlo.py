@@ -1,7 +1,7 @@
 """XLA's text of a compiled program, read, and what one device does in it.
 
 The text is that of one device's program (compiled.as_text()). As in XLA's own counts, the body of
-a loop counts once.
+a loop counts once. Of a kernel that is not XLA's, only what it is given and gives is known.
 """
 
 import math

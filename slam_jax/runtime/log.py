@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events and a progress bar.
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, Weights & Biases, a progress bar.
 
 The first host tells it; every other one lists only its own bad samples, in a file of its own.
 """
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from slam_jax.runtime import hosts
+from slam_jax.runtime import hosts, weights_and_biases
 
 METRICS = "metrics.jsonl"
 
@@ -32,10 +32,11 @@ class Progress(NamedTuple):
 
 
 class Log(NamedTuple):
-    """The open ends: the metrics file, the TensorBoard writer and the progress."""
+    """The open ends: the metrics file, TensorBoard's writer, Weights & Biases and the progress."""
 
     lines: TextIO
     events: Any  # tensorboardX.SummaryWriter
+    track: weights_and_biases.Track
     progress: Progress
     bad: TextIO
     counts: collections.Counter[str]  # since the last line
@@ -43,11 +44,10 @@ class Log(NamedTuple):
 
 @contextlib.contextmanager
 def bar(step: int, num_steps: int) -> Iterator[Progress]:
-    """A progress bar over the steps; drawn twice a second on a terminal, seldom in a file."""
+    """A progress bar over the steps, with the time to come; shown on a terminal alone."""
     with open(os.devnull, "w") as nowhere, tqdm(
-        total=num_steps, initial=step, dynamic_ncols=True, desc="starting",
-        file=sys.stderr if hosts.is_first() else nowhere,
-        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        total=num_steps, initial=step, dynamic_ncols=True, desc="starting", mininterval=0.5,
+        file=sys.stderr if hosts.is_first() and sys.stderr.isatty() else nowhere,
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
         "[{elapsed}<{remaining}{postfix}]",
     ) as progress:  # fmt: skip
@@ -55,7 +55,9 @@ def bar(step: int, num_steps: int) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def started(workdir: Path, step: int, progress: Progress) -> Iterator[Log]:
+def started(
+    workdir: Path, step: int, track: weights_and_biases.Track, progress: Progress
+) -> Iterator[Log]:
     """The log of a run that stands at `step`; later lines, and a half-written one, are cut off."""
     host, num_hosts = hosts.part()
     # Imported here, since it takes seconds where torch is installed, and few programs log.
@@ -73,7 +75,10 @@ def started(workdir: Path, step: int, progress: Progress) -> Iterator[Log]:
         events(purge_step=step + 1) as writer,
     ):
         progress.bar.set_description_str("training")
-        yield Log(lines, writer, progress, bad, collections.Counter())
+        for line in metrics.read_text().splitlines() if host == 0 else ():
+            values = json.loads(line)
+            track(values.pop("step"), values)
+        yield Log(lines, writer, track, progress, bad, collections.Counter())
 
 
 def _bad_samples_name(host: int) -> str:
@@ -100,11 +105,12 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def write(log: Log, step: int, values: Mapping[str, float]) -> None:
-    """One line of metrics.jsonl, flushed, and the same as TensorBoard scalars."""
+    """One line of metrics.jsonl, flushed, and the same for TensorBoard and Weights & Biases."""
     log.lines.write(json.dumps({"step": step, **values}) + "\n")
     log.lines.flush()
     for name, value in values.items():
         log.events.add_scalar(name, value, step)
+    log.track(step, values)
 
 
 def say(progress: Progress, warning: str) -> None:
@@ -127,8 +133,9 @@ def bad_samples(log: Log, step: int, samples: Sequence[Mapping[str, Any]]) -> No
 
 
 def picture(log: Log, step: int, name: str, pixels: np.ndarray) -> None:
-    """A picture, uint8 [h, w, 3], for TensorBoard."""
+    """A picture, uint8 [h, w, 3], for TensorBoard and Weights & Biases."""
     log.events.add_image(name, pixels, step, dataformats="HWC")
+    log.track(step, {name: pixels})
 
 
 def advance(progress: Progress, batch_size: int, loss: float) -> float:

@@ -3,7 +3,10 @@
 The library's environment variables hold: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE and so on.
 """
 
+import contextlib
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from slam_jax.errors import UserError
@@ -109,9 +112,10 @@ def _snapshot(name: str, revision: str, patterns: list[str]) -> Path:
 
     page = f"https://huggingface.co/{name}"
     try:
-        found = huggingface_hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns
-        )
+        with _bars_on_a_terminal():
+            found = huggingface_hub.snapshot_download(
+                name, revision=revision or None, allow_patterns=patterns
+            )
     except errors.GatedRepoError:
         problem = f"{name} is for those who ask: do so on {page}, then run `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -133,6 +137,21 @@ def _snapshot(name: str, revision: str, patterns: list[str]) -> Path:
     else:
         return Path(found)
     raise UserError(" ".join(problem.split()))
+
+
+@contextlib.contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """Where nobody looks, the library would draw one of its bars all the same."""
+    from huggingface_hub import utils
+
+    if sys.stderr.isatty() or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 def _unreachable(name: str, revision: str, cause: BaseException | None) -> str:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from slam_jax.errors import UserError
 from slam_jax.nets import embeddings, lora, unet
-from slam_jax.weights import names, pretrained
+from slam_jax.weights import names, pretrained, tensorfile
 
 _KERNEL = ("time_embedding", "linear_1", "kernel")
 _BIAS = ("time_embedding", "linear_1", "bias")
@@ -28,13 +28,14 @@ _Halves = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
 
 
 def extract(
-    teacher: pretrained.Component, student: pretrained.Component, rank: int
-) -> tuple[dict, dict[str, float]]:
+    teacher: pretrained.Component, student: pretrained.Component, rank: int,
+    told: tensorfile.Told = tensorfile.untold,
+) -> tuple[dict, dict[str, float]]:  # fmt: skip
     """(additions, as weights/lora.py has them; tensor -> share of its squared change that is kept).
 
     Two UNets with the same tensors, so gamma must have been folded into the student's: else
     UserError. Tensors that did not change are in neither result. All layers get the same rank, as
-    some readers of LoRA files assume.
+    some readers of LoRA files assume. told: of each tensor that is done.
     """
     if rank < 1:
         raise UserError(f"LoRA rank {rank} must be at least 1")
@@ -52,6 +53,7 @@ def extract(
         elif path[-1] == "kernel":
             (down, up), kept[path] = _largest(change, rank)
             additions |= _layer(path, change, down, up)
+        told(change.size)
     shares = {names.torch_name(path): share for path, share in kept.items()}
     return traverse_util.unflatten_dict(additions), shares
 

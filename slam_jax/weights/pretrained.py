@@ -164,16 +164,17 @@ def write(
     dtype: DTypeLike | None = None,
     variant: str | None = None,
     readme: str | None = None,
+    told: tensorfile.Told = tensorfile.untold,
 ) -> None:
     """Write what `read` reads and diffusers' StableDiffusion(XL)Pipeline.from_pretrained loads.
 
     Parameters may be unread still. dtype: of the weights in the files; None writes them as they
-    are. readme: the model card. An
-    existing model folder is replaced, at once and only when the new one is complete; any other
-    folder is refused. A write that fails leaves nothing behind.
+    are. readme: the model card. told: as tensorfile.write has it. An existing model folder is
+    replaced, at once and only when the new one is complete; any other folder is refused. A write
+    that fails leaves nothing behind.
     """
     with whole.folder(Path(folder), "model folder", _is_model) as root:
-        _write_all(root, pretrained, dtype, variant)
+        _write_all(root, pretrained, dtype, variant, told)
         if readme is not None:
             (root / "README.md").write_text(readme, encoding="utf-8")
 
@@ -183,8 +184,9 @@ def _is_model(root: Path) -> bool:
 
 
 def _write_all(
-    root: Path, pretrained: Pretrained, dtype: DTypeLike | None, variant: str | None
-) -> None:
+    root: Path, pretrained: Pretrained, dtype: DTypeLike | None, variant: str | None,
+    told: tensorfile.Told,
+) -> None:  # fmt: skip
     scheduler = pretrained.scheduler
     networks = [(UNET, pretrained.unet), (VAE, pretrained.vae)]
     networks.append((TEXT_ENCODER, pretrained.text_encoder))
@@ -195,7 +197,8 @@ def _write_all(
         tokenizers["tokenizer_2"] = pretrained.tokenizer_2
         index = folders.sdxl_model_index(scheduler, pretrained.force_zeros_for_empty_prompt)
     for part, network in networks:
-        write_component(root / part.name, part, network, dtype=dtype, variant=variant)
+        where = root / part.name
+        write_component(where, part, network, dtype=dtype, variant=variant, told=told)
     (root / "scheduler").mkdir()
     folders.write_json(root / "scheduler" / "scheduler_config.json", scheduler)
     for name, folder in tokenizers.items():
@@ -213,6 +216,7 @@ def write_component(
     *,
     dtype: DTypeLike | None = None,
     variant: str | None = None,
+    told: tensorfile.Told = tensorfile.untold,
 ) -> None:
     """Write one network's config.json and weights into `folder`, in place."""
     path = Path(folder)
@@ -223,7 +227,7 @@ def write_component(
     written_as = dtype or next(iter(tensors.values())).dtype
     config = _config_to_write(part, component.config, np.dtype(written_as).name)
     folders.write_json(path / "config.json", config)
-    tensorfile.write(path / folders.weights_name(part.stem, variant), tensors, dtype)
+    tensorfile.write(path / folders.weights_name(part.stem, variant), tensors, dtype, told)
 
 
 def _config_to_write(part: Part, config: Mapping, dtype_name: str) -> dict:

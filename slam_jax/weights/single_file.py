@@ -48,12 +48,14 @@ def find(file: str | Path, config: str | Path | None) -> pretrained.Pretrained:
 
 
 def write(
-    file: str | Path, model: pretrained.Pretrained, *, dtype: DTypeLike | None = None
-) -> None:
+    file: str | Path, model: pretrained.Pretrained, *, dtype: DTypeLike | None = None,
+    told: tensorfile.Told = tensorfile.untold,
+) -> None:  # fmt: skip
     """Write the weights of `model` as one file that A1111, ComfyUI and diffusers load.
 
     Its UNet takes no gamma: see students.fold_gamma. dtype: in the file; None writes the weights
     as they are. A file of that name is replaced, at once and only when the new one is complete.
+    told: as tensorfile.write has it.
     """
     path = Path(file).absolute()
     if path.suffix != ".safetensors":
@@ -69,7 +71,7 @@ def write(
         tensors |= ldm.to_ldm(translate.to_tensors(component.params), layouts[name])
     partial = path.with_name(f".{path.name}.partial")
     try:
-        tensorfile.write(partial, tensors, dtype)
+        tensorfile.write(partial, tensors, dtype, told)
         partial.replace(path)
     except OSError as error:
         raise UserError(

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,9 @@ from slam_jax.errors import UserError
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 # What files may call them: safetensors so, Flax as numpy does.
 _DTYPES = {spelt: name for name in _FLOATS for spelt in (name, _FLOATS[name])}
+
+# Is called with the size of each tensor that is done, for a progress bar.
+Told = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +160,17 @@ def metadata(path: Path) -> dict[str, str]:
     return safetensors.safe_open(path, framework="numpy").metadata() or {}
 
 
+def untold(_size: int) -> None:
+    """A Told for where nobody looks."""
+
+
 def write(
-    path: Path, tensors: Mapping[str, np.ndarray | Stacked], dtype: DTypeLike | None = None
-) -> None:
+    path: Path, tensors: Mapping[str, np.ndarray | Stacked], dtype: DTypeLike | None = None,
+    told: Told = untold,
+) -> None:  # fmt: skip
     """Write tensors (any strides, as `dtype` or as they are) the way torch's libraries do.
 
+    told: of each tensor that has been written.
     Raises UserError, naming the tensor, when a finite weight does not fit in `dtype`.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -180,6 +189,7 @@ def write(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(tensors):
             file.write(cast(tensors[name], dtype, f"{path}: tensor {name!r}").tobytes())
+            told(tensors[name].size)
         file.flush()
         os.fsync(file.fileno())
 

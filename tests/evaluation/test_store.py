@@ -1,5 +1,7 @@
 """Files of measured images: shared out among hosts, whole or not there."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -53,3 +55,17 @@ def test_damaged_and_missing_files_are_named(tmp_path):
     paths[1].unlink()
     with pytest.raises(UserError, match="cannot read .*delete it and run again"):
         store.read(tmp_path, COUNT)
+
+
+def test_a_damaged_archive_is_no_missing_file(tmp_path):
+    """In each byte, one by one: a member may seem to lie before the archive's beginning."""
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    content = (tmp_path / "a.npz").read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        (tmp_path / "a.npz").write_bytes(changed)
+        with contextlib.suppress(ValueError):
+            store.load(tmp_path / "a.npz")
+    with pytest.raises(OSError):
+        store.load(tmp_path / "b.npz")

@@ -1,6 +1,7 @@
 """Run folders in a bucket: what is copied when, and what goes wrong, on an emulated bucket."""
 
 import contextlib
+import io
 import itertools
 import pathlib
 import re
@@ -92,6 +93,22 @@ def test_large_files_arrive_whole(run):
     with bucket.mirrored(run) as where:
         (where.local / "weights").write_bytes(content)
     assert _objects(run) == {"weights": content}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_what_is_copied_here(run, capfd, monkeypatch):
+    with bucket.mirrored(run) as where:
+        _write(where.local, weights="x" * 3000)
+    monkeypatch.setattr(bucket, "_SEEN_AFTER_S", 0.0)
+    with bucket.copied("model", run):
+        assert capfd.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with bucket.copied("model", run):
+        assert re.search(r"downloading: 100%\|.* 3.00k/3.00k \[00:0", sys.stderr.getvalue())
 
 
 def test_a_model_folder_is_never_seen_in_part(run, cloud, capfd):

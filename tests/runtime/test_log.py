@@ -2,12 +2,14 @@
 
 import io
 import json
+import sys
 import time
 from collections import deque
 
+import pytest
 import tqdm
 
-from slam_jax.runtime import log
+from slam_jax.runtime import log, weights_and_biases
 
 
 def _steps(workdir):
@@ -15,7 +17,8 @@ def _steps(workdir):
 
 
 def _run(workdir, start, stop):
-    with log.bar(start, 10) as bar, log.started(workdir, start, bar) as running:
+    nowhere = weights_and_biases.nowhere
+    with log.bar(start, 10) as bar, log.started(workdir, start, nowhere, bar) as running:
         for step in range(start + 1, stop + 1):
             log.write(running, step, {"loss": 0.5 * step})
             log.advance(running.progress, batch_size=4, loss=0.5)
@@ -46,6 +49,26 @@ def test_lines_hold_the_values_and_events_are_written(tmp_path):
     assert json.loads((tmp_path / log.METRICS).read_text()) == {"step": 1, "loss": 0.5}
     (events,) = (tmp_path / "events").iterdir()
     assert b"loss" in events.read_bytes()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("screen", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_the_bar_is_shown_on_a_terminal_alone(tmp_path, monkeypatch, screen):
+    monkeypatch.setattr(sys, "stderr", screen)
+    with log.bar(0, 10) as bar:
+        with log.phase(bar, "drawing"):
+            pass
+        for _ in range(10):
+            log.advance(bar, batch_size=4, loss=0.5)
+        log.say(bar, "this is told anyhow")
+    shown = screen.getvalue()
+    assert "warning: this is told anyhow\n" in shown
+    assert ("10/10 [00:00<00:00" in shown) == ("drawing" in shown) == screen.isatty()
+    assert screen.isatty() or shown == "warning: this is told anyhow\n"
 
 
 def _progress(screen):

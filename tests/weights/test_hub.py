@@ -3,8 +3,11 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import json
+import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -169,7 +172,19 @@ def test_fetches_what_diffusers_reads_and_no_more(online, cluttered, torch_folde
     assert files(found) == files(torch_folder) == online.downloaded
     assert_same_model(found, torch_folder)
     diffusers.StableDiffusionPipeline.from_pretrained(found, safety_checker=None)
-    assert "Fetching" in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_how_far_it_is(online, torch_folder, monkeypatch):
+    online.models[NAME, "main"] = torch_folder
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    hub.locate(NAME)
+    assert re.search(r"Fetching \d+ files: 100%\|.*\[\d\d:\d\d<00:00", sys.stderr.getvalue())
 
 
 def test_fetches_the_variant_alone(online, cluttered, torch_folder):

@@ -1,0 +1,78 @@
+"""Attention: as XLA computes it, or, where it is large, by a kernel made for a kind of chip."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Of keys; for fewer, weights are small and XLA's way is as good.
+_LARGE = 1024
+# Of queries and keys that the TPU's kernel takes at a time, the first that divides both.
+_BLOCKS = (1024, 768, 512, 384, 256, 128)
+# Numbers in a row of a TPU's registers.
+_LANES = 128
+
+
+def attend(
+    query: Float[Array, "B Q N D"], key: Float[Array, "B K N D"], value: Float[Array, "B K N D"]
+) -> Float[Array, "B Q N D"]:
+    """softmax(query key^T / sqrt(D)) value, for each of N heads; logits and softmax in float32.
+
+    The one place where attention is computed: a kernel replaces this function alone. Divided by the
+    sum last, [Q, D] numbers instead of [Q, K], which is faster on a CPU, backwards too (LOG.md).
+    """
+    logits = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
+    logits = logits * (1 / math.sqrt(query.shape[-1]))
+    # The largest cancels out, so nothing need be differentiated through it.
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    mixed = jnp.einsum(
+        "bnqk,bknd->bqnd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    total = jnp.einsum("bnqk->bqn", weights)[..., None]
+    return (mixed / total).astype(value.dtype)
+
+
+def flash(
+    query: Float[Array, "B Q N D"], key: Float[Array, "B K N D"], value: Float[Array, "B K N D"]
+) -> Float[Array, "B Q N D"]:
+    """`attend` on TPUs, the weights never leaving the chip: JAX's Pallas kernel (arXiv 2205.14135).
+
+    Where the examples are spread over devices, each must call it on its own: XLA cannot cut a
+    kernel that it has not made.
+    """
+    # Imported here, since it takes as long as a small program's start, and few need it.
+    from jax.experimental.pallas.ops.tpu import flash_attention
+
+    block = next((b for b in _BLOCKS if query.shape[1] % b == 0 == key.shape[1] % b), None)
+    depth = query.shape[-1]
+    if key.shape[1] < _LARGE or block is None or (depth > _LANES and depth % _LANES):
+        return attend(query, key, value)
+    # Of the keys when queries are differentiated: one number a query is written that many times.
+    keys = math.gcd(block, 256)
+    sizes = flash_attention.BlockSizes(block, block, block, 1, *[block] * 4, keys, keys, block)
+
+    heads_first = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    mixed = flash_attention.flash_attention(
+        *heads_first, sm_scale=1 / math.sqrt(depth), block_sizes=sizes
+    )
+    return jnp.swapaxes(mixed, 1, 2)
+
+
+def cudnn(
+    query: Float[Array, "B Q N D"], key: Float[Array, "B K N D"], value: Float[Array, "B K N D"]
+) -> Float[Array, "B Q N D"]:
+    """`attend` on NVIDIA GPUs from Ampere on, by cuDNN: 16-bit numbers and heads of up to 128 only.
+
+    Others, such as the 160 of SD 1.x's coarsest level, are few and computed by `attend`.
+    """
+    depth = query.shape[-1]
+    fits = query.dtype in (jnp.bfloat16, jnp.float16) and depth <= 128 and depth % 8 == 0
+    if key.shape[1] < _LARGE or not fits:
+        return attend(query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+# As a config names them.
+BY_NAME = {"xla": attend, "flash": flash, "cudnn": cudnn}

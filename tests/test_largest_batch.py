@@ -1,0 +1,28 @@
+"""The largest batch that fits, of a step whose memory is known."""
+
+import json
+import pathlib
+import sys
+
+from benchmarks import largest_batch
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(monkeypatch, capsys):
+    """20 GB without an image, 2.5 GB each; 92 % of the memory may be used."""
+    asked = []
+
+    def memory(chosen, images, topology):
+        asked.append((chosen.attention, images, topology))
+        return 20e9 + 2.5e9 * images
+
+    monkeypatch.setattr(largest_batch, "memory", memory)
+    arguments = ["--config", str(ROOT / "configs/sd15.py"), "--images", "2", "5"]
+    monkeypatch.setattr(sys, "argv", ["largest_batch.py", *arguments])
+    largest_batch.main()
+    *_, table, line = capsys.readouterr().out.splitlines()
+    assert asked == [("flash", 2, "v5p:1x1x1"), ("flash", 5, "v5p:1x1x1")]
+    # 22.08, 36.8, 73.6 and 129.72 GB.
+    assert table == "24: 0  40: 6  80: 21  141: 43"
+    assert json.loads(line)["largest"] == {"24": 0, "40": 6, "80": 21, "141": 43}
