@@ -84,7 +84,7 @@ for steps in 1 2 4; do
         run sampler "${common[@]}" --batch "$images" --steps "$steps" --no_decode
     done
 done
-run train_step "${common[@]}" --batch "$batch" --remat
+run train_step "${common[@]}" --batch "$batch" --remat all
 if has ml_collections grain array_record tensorboardX tqdm tokenizers msgpack; then
     run overhead --size "$size" --batch "$batch"
 else

@@ -111,7 +111,7 @@ def network(lab: Laboratory) -> Callable:
     """(params, x, t, text, gamma) -> raw output."""
     gamma_dim = lab.settings.student.gamma_dim
     config = {**lab.teacher.unet.config, "time_cond_proj_dim": gamma_dim}
-    return pipeline.student(config, jnp.float32, remat=False)
+    return pipeline.student(config, jnp.float32)
 
 
 def mean_loss(net: Callable, method: loss.Method) -> Callable:

@@ -94,8 +94,8 @@ SIZES: dict[str, Callable[[], Size]] = {
 }  # fmt: skip
 
 
-def nets(size: Size, dtype: DTypeLike, remat: bool, attention: str = "xla") -> step.Nets:
-    """The networks as the train step takes them; the student alone takes remat."""
+def nets(size: Size, dtype: DTypeLike, remat: str = "none", attention: str = "xla") -> step.Nets:
+    """The networks as the train step takes them; remat, a key of unet.REMAT, is the student's."""
     attend = kernels.BY_NAME[attention]
     config = students.student_config(size.model.unet.config, GAMMA_DIM)
     student, student_params = pipeline.student, step.all_trained

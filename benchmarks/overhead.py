@@ -56,7 +56,7 @@ def _small_step(now: state.TrainState, frozen: Any, batch: dict, key: jax.Array)
 
 def _arguments(size: models.Size, batch: int) -> tuple:
     """(state, frozen, key), a number in the place of every array."""
-    nets = models.nets(size, jnp.bfloat16, remat=False)
+    nets = models.nets(size, jnp.bfloat16)
     examples = models.examples(size, batch, cached=True)
     whole = partial(recipe.arguments, size, nets, jnp.dtype("bfloat16"), examples)
     now, frozen, _, _ = jax.eval_shape(whole, models.parameter_shapes(size))

@@ -85,7 +85,7 @@ def main() -> None:
     size = models.SIZES[options.size]()
     functions = {
         name: partial(
-            call, size, models.nets(size, jnp.dtype(options.dtype), False, name),
+            call, size, models.nets(size, jnp.dtype(options.dtype), attention=name),
             _decode(size, options), options.steps,
         )
         for name in ("xla", options.attention)

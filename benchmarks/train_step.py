@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from benchmarks import models, recipe, timing
 from slam_jax import pipeline
 from slam_jax.distill import loss, step
+from slam_jax.nets import unet
 
 # Steps before the clock runs. All implementations draw the same in them, and print their losses.
 _UNTIMED = 2
@@ -34,7 +35,7 @@ def _torch(
 
     stepper = torch_step.build(
         size, models.start(size, jnp.float32, parameters), null_text, dtype=options.dtype,
-        solver_steps=options.steps, remat=options.remat,
+        solver_steps=options.steps, remat=options.remat != "none",
         compile_mode=options.compile_mode if compiled else None,
     )  # fmt: skip
     x_0 = jnp.zeros((options.batch, *pipeline.latent_shape(size.model, size.image_size)))
@@ -45,7 +46,7 @@ def _torch(
 def _flops(size: models.Size, chosen: loss.Method, options: argparse.Namespace) -> int:
     """Of the algorithm: nothing is recomputed, whatever the options say."""
     dtype = jnp.dtype(options.dtype)
-    nets = models.nets(size, dtype, remat=False)
+    nets = models.nets(size, dtype)
     examples = models.examples(size, options.batch, options.cached)
     arguments = partial(recipe.arguments, size, nets, dtype, examples)
     shapes = jax.eval_shape(arguments, models.parameter_shapes(size))
@@ -77,7 +78,9 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=timing.positive, default=1, help="solver steps of the teacher's walk"
     )
-    parser.add_argument("--remat", action="store_true", help="recompute blocks going backwards")
+    parser.add_argument(
+        "--remat", choices=unet.REMAT, default="none", help="computed again going backwards"
+    )
     parser.add_argument("--cached", action="store_true", help="latents as a cache holds them")
     options = parser.parse_args()
     size = models.SIZES[options.size]()

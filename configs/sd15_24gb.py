@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.student = ConfigDict(
         dict(
-            dtype="bfloat16", remat=True, cond_proj="random", gamma_dim=256, start="",
+            dtype="bfloat16", remat="all", cond_proj="random", gamma_dim=256, start="",
             lora=dict(rank=64, alpha=64.0, targets=(
                 "to_[qkv]", r"to_out\.0", "proj_(in|out)", r"ff\.net\.0\.proj", r"ff\.net\.2",
                 "conv[12]", "conv_shortcut", r"(down|up)samplers\.0\.conv", "time_emb_proj",

@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             dtype="bfloat16",
-            remat=True,
+            remat="all",
             cond_proj="zero",
             gamma_dim=256,
             start="",

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             dtype="bfloat16",
-            remat=True,
+            remat="all",
             cond_proj="random",
             gamma_dim=256,
             start="",

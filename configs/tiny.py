@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.student = ConfigDict(
         dict(
             dtype="float32",
-            remat=False,
+            remat="none",
             cond_proj="zero",
             gamma_dim=256,
             start="",

@@ -79,7 +79,7 @@ def few_step(
     Start.
     """
     computed = pipeline.dtype(dtype)
-    student = pipeline.student(model.unet.config, computed, remat=False)
+    student = pipeline.student(model.unet.config, computed)
     decode, *known = _shared(model, computed)
     encode = pipeline.encode_image(model.vae.config, computed)
 

@@ -180,7 +180,7 @@ def _flops_per_image(
     calls = 2 * settings.distill.length // settings.distill.stride
     once = _count(forward, student, bare.teacher, x, t, text, gamma)
     both = _count(backward, student, bare.teacher, x, t, text, gamma)
-    recomputed = ", recomputation" if settings.student.remat else ""
+    recomputed = "" if settings.student.remat == "none" else ", recomputation"
     return {
         f"teacher, {calls} calls": calls * _count(nets.teacher, bare.teacher, x, t, text),
         "target, forward": once,

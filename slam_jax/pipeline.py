@@ -198,7 +198,7 @@ def teacher(
 
 
 def student(
-    config: Mapping, dtype: DTypeLike, remat: bool, attend: Callable = kernels.attend
+    config: Mapping, dtype: DTypeLike, remat: str = "none", attend: Callable = kernels.attend
 ) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
     """(params, x, t, text, gamma) -> raw output.
 
@@ -215,7 +215,7 @@ def student(
 
 
 def lora_student(
-    config: Mapping, dtype: DTypeLike, remat: bool, attend: Callable = kernels.attend
+    config: Mapping, dtype: DTypeLike, remat: str = "none", attend: Callable = kernels.attend
 ) -> Callable[[Params, Latent, Timestep, Conditioning, Coeff], Latent]:
     """(params, x, t, text, gamma) -> raw output; the LoRA is merged into params.
 

@@ -28,7 +28,7 @@ class Student(NamedTuple):
     """The network that is trained; its parameters are float32 whatever the dtype."""
 
     dtype: str  # in which it computes: float32 or bfloat16
-    remat: bool  # recompute activations in the backward pass: less memory, more time
+    remat: str  # what the backward pass computes again: none, save_products, save_convs, all
     cond_proj: str  # first guess of the layer that takes gamma: random (as released) or zero
     gamma_dim: int  # width of gamma's embedding: 256 in the released models
     lora: Lora

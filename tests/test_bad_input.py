@@ -53,7 +53,7 @@ VALUES = {
     "group": (["--config.log=3"], r"log=3 is a group; .* --config\.log\.every_steps=10"),
     "wrong_type": (["--config.num_steps=many"], "=many must be a whole number, such as .*=600"),
     "no_number": (["--config.distill.w=big"], r"=big must be a number, such as .*\.w=8\.0"),
-    "no_boolean": (["--config.student.remat=maybe"], "must be true or false, such as .*=false"),
+    "remat": (["--config.student.remat=True"], "'True' is not one of none, .*save_convs, all"),
     "wandb": (["--config.log.wandb_project=x"], r"pip install 'slam_jax\[wandb\]'"),
     "unknown_flag": (["--wrokdir=x"], "wrokdir.*Did you mean: workdir"),
     "mesh_pairs": (["--config.mesh.axes=1"], r"mesh\.axes \(1,\) must be pairs"),

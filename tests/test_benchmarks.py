@@ -80,7 +80,7 @@ def _check(line, program, batch):
 
 
 def test_train_step_prints_what_a_call_costs():
-    (line,) = _lines("benchmarks/train_step.py --batch 1 --repeat 1 --remat --cached")
+    (line,) = _lines("benchmarks/train_step.py --batch 1 --repeat 1 --remat all --cached")
     _check(line, "train_step", 1)
     # The algorithm's: what is recomputed does not count.
     assert 1.05 < line["executed_flops"] / line["flops"] < 1.2
@@ -119,7 +119,7 @@ def test_torch_draws_the_same_pictures():
     )
     drawn = sample(torch.from_numpy(noise[0]).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
 
-    nets = models.nets(size, jnp.float32, remat=False)
+    nets = models.nets(size, jnp.float32)
     decode = pipeline.decode(size.model.vae.config, jnp.float32)
     few_step = pipeline.few_step(nets.student, decode, *models.diffusion(size), 1, 50)
     text = jax.jit(nets.encode_text)(start.text_encoder, prompts)

@@ -89,7 +89,7 @@ def _ours(run, noise):
     config = {**teacher.unet.config, "time_cond_proj_dim": 8}
     scheduler = student_folder.student_scheduler_config(teacher.scheduler)
     draw = pipeline.few_step(
-        pipeline.student(config, np.float32, remat=False),
+        pipeline.student(config, np.float32),
         pipeline.decode(teacher.vae.config, np.float32), schedule.from_config(scheduler),
         parameterization.prediction_from_config(scheduler), STEPS, 50,
     )  # fmt: skip

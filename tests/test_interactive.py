@@ -71,7 +71,7 @@ def test_pictures_are_those_of_the_sampler_made_for_so_many_steps(drawer, folder
 
     model = pretrained.read(folder)
     few_step = pipeline.few_step(
-        pipeline.student(model.unet.config, np.float32, remat=False),
+        pipeline.student(model.unet.config, np.float32),
         pipeline.decode(model.vae.config, np.float32), schedule.from_config(model.scheduler),
         parameterization.prediction_from_config(model.scheduler), steps, 50,
     )  # fmt: skip

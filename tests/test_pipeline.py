@@ -86,7 +86,7 @@ def test_student_with_zero_cond_proj_is_the_teacher(model):
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     text = jax.random.normal(jax.random.key(1), (2, 5, 16))
     t, gamma = jnp.array([999, 19]), jnp.array([0.3, 1.0]).reshape(2, 1, 1, 1)
-    call = jax.jit(pipeline.student(student.config, jnp.float32, remat=False))
+    call = jax.jit(pipeline.student(student.config, jnp.float32))
     ours = call(student.params, x, t, text, gamma)
     theirs = jax.jit(pipeline.teacher(model.unet.config, jnp.float32))(
         model.unet.params, x, t, text
@@ -116,7 +116,7 @@ def test_folded_gamma_is_gamma_one(model):
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     text = jax.random.normal(jax.random.key(1), (2, 5, 16))
     t, one = jnp.array([999, 259]), jnp.ones((2, 1, 1, 1))
-    call = jax.jit(pipeline.student(student.config, jnp.float32, remat=False))
+    call = jax.jit(pipeline.student(student.config, jnp.float32))
     plain = jax.jit(pipeline.teacher(folded.config, jnp.float32))
     ours = [call(student.params, x, t, text, one), plain(folded.params, x, t, text)]
 
@@ -204,14 +204,14 @@ def test_lora_student_at_gamma_1_is_the_plain_unet_with_the_lora_merged(model):
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     text = jax.random.normal(jax.random.key(1), (2, 5, 16))
     t = jnp.array([999, 19])
-    call = jax.jit(pipeline.lora_student(trained.config, jnp.float32, remat=False))
+    call = jax.jit(pipeline.lora_student(trained.config, jnp.float32))
     at_one, below = (
         call(lora.merge(model.unet.params, params, 0.5), x, t, text, jnp.full((2, 1, 1, 1), gamma))
         for gamma in (1.0, 0.9)
     )
     merged = lora_file.merged(model.unet, lora_file.baked(params, 0.5))
     assert "cond_proj" not in merged.params["time_embedding"]
-    plain = jax.jit(pipeline.student(model.unet.config, jnp.float32, remat=False))(
+    plain = jax.jit(pipeline.student(model.unet.config, jnp.float32))(
         merged.params, x, t, text, jnp.full((2, 1, 1, 1), 0.3)
     )
     np.testing.assert_allclose(at_one, plain, rtol=0, atol=1e-6)

@@ -27,7 +27,7 @@ def sd15():
 
 def test_forward_of_sd15_is_what_torch_counts(sd15):
     size, start = sd15
-    nets = models.nets(size, "float32", remat=False)
+    nets = models.nets(size, "float32")
     text = jax.ShapeDtypeStruct((1, 77, 768), "float32")
     x, t = jax.ShapeDtypeStruct((1, 64, 64, 4), "float32"), jax.ShapeDtypeStruct((1,), "int32")
     ours = roofline.timing.count(nets.teacher, start.teacher, x, t, text)

@@ -48,7 +48,7 @@ def test_whole_numbers_and_lists_are_taken_for_floats_and_tuples():
 @pytest.mark.parametrize(
     "group, key, value",
     [
-        ("distill", "w", "8"), ("distill", "length", 20.0), ("student", "remat", 1),
+        ("distill", "w", "8"), ("distill", "length", 20.0), ("student", "remat", True),
         ("data", "num_images", True), ("eval", "prompts", "a cat"), ("teacher", "variant", None),
     ],
 )  # fmt: skip

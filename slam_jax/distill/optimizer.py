@@ -35,9 +35,7 @@ def adamw(
 
     chain = optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(
-            schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype
-        ),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mu_dtype=mu_dtype),
     )
 
     def update(grads, state, params=None):

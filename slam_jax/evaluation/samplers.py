@@ -107,7 +107,7 @@ def build(model: pretrained.Pretrained, entry: Entry, dtype: DTypeLike) -> Calla
         parameterization.prediction_from_config(model.scheduler),
     )
     if entry.sampler == FEW_STEP:
-        student = pipeline.student(model.unet.config, dtype, remat=False)
+        student = pipeline.student(model.unet.config, dtype)
         few_step = pipeline.few_step(student, *shared, entry.steps, entry.original_steps)
 
         def draw(unet, vae, text, null_text, noise):

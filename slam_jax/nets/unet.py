@@ -8,7 +8,10 @@ import functools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -22,12 +25,29 @@ UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 NUM_TIME_IDS = 6  # of shapes.SDXLText
 
 
+def _is_convolution(primitive: core.Primitive, *_inputs: object, **_params: object) -> bool:
+    return primitive is primitives.conv_general_dilated_p
+
+
+# What the backward pass computes again of residual blocks and transformers -> which results are
+# kept. From first to last it takes less memory and more time.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    # Norms, activations and attention: of the matrix products, attention's alone have a batch.
+    "save_products": jax.checkpoint_policies.save_from_both_policies(
+        _is_convolution, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "save_convs": _is_convolution,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 class UNet2DConditionModel(nn.Module):
     """The network eps (or v) = unet(x_t, t, text, gamma embedding).
 
     Fields are the keys of a diffusers unet/config.json, with its defaults, plus `dtype` (compute;
-    parameters are float32), `remat` (recompute residual blocks and transformers in the
-    backward pass) and `attend` (what computes attention, of kernels.py). As in those configs,
+    parameters are float32), `remat` (what the backward pass computes again: a key of REMAT) and
+    `attend` (what computes attention, of kernels.py). As in those configs,
     `attention_head_dim` is the NUMBER of heads; where a field takes a tuple it has one entry per
     level, from the finest on.
     """
@@ -51,7 +71,7 @@ class UNet2DConditionModel(nn.Module):
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     attend: Callable = kernels.attend
 
     @nn.compact
@@ -141,8 +161,9 @@ class UNet2DConditionModel(nn.Module):
     def makers(self) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
         """The residual block and the transformer with what all levels share filled in."""
         resnet, transformer = layers.ResnetBlock2D, attention.Transformer2DModel
-        if self.remat:
-            resnet, transformer = nn.remat(resnet), nn.remat(transformer)
+        if self.remat != "none":
+            recomputed = functools.partial(nn.remat, policy=REMAT[self.remat])
+            resnet, transformer = recomputed(resnet), recomputed(transformer)
         return (
             functools.partial(
                 resnet,
@@ -238,13 +259,15 @@ def from_config(
     config: Mapping,
     *,
     dtype: DTypeLike = jnp.float32,
-    remat: bool = False,
+    remat: str = "none",
     attend: Callable = kernels.attend,
 ) -> UNet2DConditionModel:
     """The UNet that a diffusers unet/config.json describes; missing keys take diffusers' defaults.
 
     Raises UserError for a value that is not implemented.
     """
+    if remat not in REMAT:
+        raise UserError(f"remat {remat!r} is not one of {', '.join(REMAT)}")
     fields = dict(DEFAULTS)
     for key, value in config.items():
         value = tuple(value) if isinstance(value, list) else value

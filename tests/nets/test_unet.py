@@ -1,5 +1,7 @@
 """UNet against diffusers' torch class: outputs, names, shapes; time in float32; refusals."""
 
+import collections
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -283,22 +285,32 @@ def test_bfloat16_multiplies_in_bfloat16_and_takes_the_softmax_in_float32():
     assert found["exp"] == {"float32"}
 
 
-def test_remat_recomputes_and_keeps_the_names():
+def test_remat_recomputes_what_it_says_and_keeps_the_names():
     inputs = draw(ONE_LEVEL, 4, 4)
-    plain, remat = (unet.from_config(ONE_LEVEL, remat=remat) for remat in (False, True))
-    shapes, shapes_of_remat = (
+    modules = {name: unet.from_config(ONE_LEVEL, remat=name) for name in unet.REMAT}
+    shapes = [
         jax.eval_shape(lambda module=module: module.init(jax.random.key(0), **inputs))
-        for module in (plain, remat)
-    )
-    assert shapes == shapes_of_remat
+        for module in modules.values()
+    ]
+    assert all(each == shapes[0] for each in shapes)
 
-    def num_recomputed(module):
+    def count(module):
+        """Of the gradient: recomputed blocks, convolutions, products without and with a batch."""
         gradient = jax.grad(lambda variables: jnp.sum(module.apply(variables, **inputs)))
-        found = [e.primitive.name for e in equations(jax.make_jaxpr(gradient)(shapes).jaxpr)]
-        return sum("remat" in name or "checkpoint" in name for name in found)
+        found = collections.Counter()
+        for each in equations(jax.make_jaxpr(gradient)(shapes[0]).jaxpr):
+            name = each.primitive.name
+            if name == "dot_general":
+                name = "batched" if each.params["dimension_numbers"][1][0] else "dot"
+            found["block" if "remat" in name or "checkpoint" in name else name] += 1
+        return [found[name] for name in ("block", "conv_general_dilated", "dot", "batched")]
 
+    none, products, convs, everything = (count(module) for module in modules.values())
     # five residual blocks and the middle's transformer
-    assert num_recomputed(plain) == 0 and num_recomputed(remat) == 5 + 1
+    assert none[0] == 0 and products[0] == convs[0] == everything[0] == 5 + 1
+    assert none[1] == products[1] == convs[1] < everything[1]
+    assert none[2] == products[2] < convs[2] == everything[2]
+    assert none[3] < products[3] == convs[3] == everything[3]
 
 
 @pytest.mark.parametrize(
