@@ -212,6 +212,8 @@ def _write(
     with contextlib.closing(read), log.bar(0, num_samples) as progress:
         progress.bar.set_description_str("encoding")
         shards.write(out, plan, todo, _shown(read, progress), encoder, watching)
+        # Nobody asks for what comes after the last chunk.
+        progress.bar.update(num_samples - progress.bar.n)
 
 
 def _shown(read: Iterator[list], progress: log.Progress) -> Iterator[list]:

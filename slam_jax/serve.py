@@ -12,7 +12,8 @@ import importlib.util
 import socket
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from absl import flags
@@ -139,18 +140,35 @@ def _serve(
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         )
-        # In a thread, since the server would send itself the Ctrl-C again that it has caught.
-        thread = threading.Thread(target=server.run, args=([heard],), daemon=True)
-        thread.start()
-        host, port = heard.getsockname()[:2]
-        print(f"ready: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        ended = _in_thread(partial(server.run, [heard]))
         try:
-            thread.join()
+            while not server.started and not ended.wait(0.05):
+                pass
+            host, port = heard.getsockname()[:2]
+            print(f"ready: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+            ended.wait()
         except KeyboardInterrupt:
             drawing_queue.close(queue)
             server.should_exit = True
-            thread.join()
+            ended.wait()
             raise KeyboardInterrupt("the page is closed") from None
+
+
+def _in_thread(run: Callable[[], None]) -> threading.Event:
+    """Runs it in a thread, since the server would send itself a Ctrl-C again that it has caught.
+
+    What is set when it has ended: a join that Ctrl-C has interrupted takes the thread for ended.
+    """
+    ended = threading.Event()
+
+    def run_and_tell() -> None:
+        try:
+            run()
+        finally:
+            ended.set()
+
+    threading.Thread(target=run_and_tell, daemon=True).start()
+    return ended
 
 
 def _pictures(drawer: interactive.Drawer, wanted: Sequence[Wanted]) -> UInt8[np.ndarray, "B H W 3"]:

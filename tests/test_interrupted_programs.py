@@ -95,12 +95,14 @@ def ends(folder, small_folder):
     ]  # fmt: skip
     watch = [*evaluate[:7], f"--watch={run}", "--steps=1"]
     export = [f"--workdir={run}"]
-    second = r"shard-00001-of-00003\.array_record"
+    second = r"tmp \S+shard-00001-of-00003\.array_record"
     requests = {
         "prepare": ("prepare", [*prepare, f"--out={folder}/prepared"], second),
         "prepare again": ("prepare", [*prepare, f"--out={folder}/prepared"], ""),
         "prepare straight": ("prepare", [*prepare, f"--out={folder}/straight"], ""),
-        "evaluate": ("evaluate", [*evaluate, f"--out={folder}/scores"], r"tmp \S+000128-000149\.npz"),
+        "evaluate": (
+            "evaluate", [*evaluate, f"--out={folder}/scores"], r"tmp \S+000128-000149\.npz",
+        ),
         "evaluate again": ("evaluate", [*evaluate, f"--out={folder}/scores"], ""),
         "evaluate straight": ("evaluate", [*evaluate, f"--out={folder}/scored"], ""),
         "watch": ("evaluate", [*watch, f"--out={folder}/watched"], r"000000-000127\.npz"),

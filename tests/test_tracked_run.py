@@ -63,17 +63,3 @@ def test_a_killed_and_resumed_run_is_one_run_there_and_no_step_is_told_twice(lab
     pictures = {c["step"]: c["values"] for c in logged if "loss" not in c["values"]}
     assert pictures == dict.fromkeys((4, 6), {"teacher and student": [194, 194, 3]})
     assert [call["exit_code"] for call in calls(told, "finish")] == [0]
-
-
-def test_only_the_first_host_tells(lab, tmp_path):
-    told = tmp_path / "told"
-    job = (f"--coordinator=localhost:{labs.free_port()}", "--num_processes=2")
-    processes = [
-        lab.start("two", ".", *FEW, ON, *job, f"--process_id={process}", **environment(lab, told))
-        for process in range(2)
-    ]
-    done = labs.end(processes)
-    assert [status for status, *_ in done] == [0, 0], done
-    assert len(calls(told, "init")) == len(calls(told, "finish")) == 1
-    steps = [call["step"] for call in calls(told, "log") if "loss" in call["values"]]
-    assert steps == list(range(1, 7))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slam_jax.errors import UserError
-from slam_jax.runtime import log, weights_and_biases
+from slam_jax.runtime import hosts, log, weights_and_biases
 
 STAND_IN = pathlib.Path(__file__).parents[1] / "stand_ins" / "wandb.py"
 
@@ -49,13 +49,18 @@ def test_nothing_is_sent_unless_asked(tmp_path, told):
     assert not told.exists() and not (tmp_path / "run" / "wandb.json").exists()
 
 
+def test_the_first_host_alone_sends(tmp_path, told, monkeypatch):
+    monkeypatch.setattr(hosts, "is_first", lambda: False)
+    assert _run(tmp_path / "run", 0, 2) == [] and not told.exists()
+
+
 def test_numbers_and_pictures_come_with_their_step(tmp_path, told):
     with weights_and_biases.opened("student", tmp_path, {"a": {"b": 1}}, print) as track:
         track(3, {"loss": 0.5})
         track(3, {"samples": np.zeros((4, 6, 3), np.uint8)})
     (init,) = _calls(told, "init")
-    assert (init["project"], init["config"], init["resume"]) == ("student", {"a": {"b": 1}}, "allow")
-    assert (init["name"], init["dir"]) == (tmp_path.name, str(tmp_path))
+    assert (init["project"], init["name"], init["resume"]) == ("student", tmp_path.name, "allow")
+    assert (init["config"], init["dir"]) == ({"a": {"b": 1}}, str(tmp_path))
     first, second = _calls(told, "log")
     assert (first["step"], first["values"]) == (3, {"loss": 0.5})
     assert (second["step"], second["values"]) == (3, {"samples": [4, 6, 3]})
@@ -117,9 +122,9 @@ def test_a_server_that_does_not_answer_is_a_warning(tmp_path, told, monkeypatch)
 
 def test_a_missing_key_is_a_mistake(tmp_path, monkeypatch):
     monkeypatch.setenv("FAILS", "key")
-    with pytest.raises(UserError, match="W&B says: UsageError: No API key.*WANDB_MODE=offline") as e:
+    with pytest.raises(UserError, match="W&B says: .*No API key.*WANDB_MODE=offline") as caught:
         _run(tmp_path / "run", 0, 6)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_that_fails_is_told_so(tmp_path, told):
@@ -136,5 +141,5 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     (tmp_path / "wandb").mkdir()
     weights_and_biases.check("")
-    with pytest.raises(UserError, match=r"needs the package wandb: pip install 'slam_jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"package wandb: pip install 'slam_jax\[wandb\]'"):
         weights_and_biases.check("student")
