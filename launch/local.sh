@@ -33,7 +33,12 @@ send() { # to all that still run
 
 stop() {
   told=$((told + 1))
-  if ((told == 1)); then send TERM; else send KILL; fi
+  if ((told == 1)); then
+    echo "told all processes to end; once more kills them" >&2
+    send TERM
+  else
+    send KILL
+  fi
 }
 trap stop TERM
 trap 'interrupted=1; stop' INT
