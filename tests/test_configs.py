@@ -18,7 +18,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_train_step_can_be_built(name):
     config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]().to_dict()
-    chosen = settings.from_config(config)._replace(batch_size=4)
+    chosen = settings.from_config(config)._replace(batch_size=4, accumulate=1)
     assert architectures.known(chosen.teacher.model)
     teacher, _ = arguments.teacher(chosen)
     devices = mesh.make(chosen.mesh.axes)

@@ -4,6 +4,7 @@ Submodules carry diffusers' names, dots included, so a parameter's torch name is
 path joined with dots (weights/names.py).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,18 +28,19 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *_ C"]) -> Float[Array, "B *_ C"]:
-        batch, channels = x.shape[0], x.shape[-1]
+        batch, *pixels, channels = x.shape
+        width = channels // self.num_groups
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
 
         def mean(values: Float[Array, "B L C"]) -> Float[Array, "B 1 C"]:
-            of_groups = values.mean(1).reshape(batch, self.num_groups, -1).mean(2)
-            return jnp.repeat(of_groups, channels // self.num_groups, axis=1)[:, None]
+            of_groups = values.mean(1).reshape(batch, self.num_groups, width).mean(2)
+            return jnp.repeat(of_groups, width, axis=1)[:, None]
 
-        pixels = x.astype(jnp.float32).reshape(batch, -1, channels)
-        pixels = pixels - mean(pixels)
-        factor = jax.lax.rsqrt(mean(jnp.square(pixels)) + self.epsilon) * scale[None, None]
-        return (pixels * factor + bias[None, None]).reshape(x.shape).astype(self.dtype)
+        rows = x.astype(jnp.float32).reshape(batch, math.prod(pixels), channels)
+        rows = rows - mean(rows)
+        factor = jax.lax.rsqrt(mean(jnp.square(rows)) + self.epsilon) * scale[None, None]
+        return (rows * factor + bias[None, None]).reshape(x.shape).astype(self.dtype)
 
 
 def group_norm(num_groups: int, epsilon: float, dtype: DTypeLike, name: str) -> GroupNorm:
