@@ -467,12 +467,14 @@ def main() -> None:
     os.environ["SLAM_JAX_CACHE"] = ""  # where else would shapes of networks be kept
     sys.addaudithook(_audit)
     total = sum(TARGETS[name].share for name in arguments.targets)
+    begun = time.process_time()
     for name in arguments.targets:
         count = round(arguments.inputs * TARGETS[name].share / total)
         began = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             run(name, count, pathlib.Path(folder), derandomize=False)
         print(f"{name}: {count:,} inputs, {time.process_time() - began:.1f} s of CPU", flush=True)
+    print(f"nothing found, in {(time.process_time() - begun) / 60:.0f} minutes of CPU")
 
 
 if __name__ == "__main__":
