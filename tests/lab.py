@@ -1,6 +1,7 @@
 """Runs the program as a user does, on a random model, in a folder of its own."""
 
 import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+sys.path.append(str(pathlib.Path(__file__).parent))
+children = importlib.import_module("children")
 ROOT = pathlib.Path(__file__).parents[1]
 NUM_STEPS = 12
 SAVE_EVERY = 2
@@ -92,9 +95,7 @@ class Lab:
         self.environment = {
             **os.environ, "JAX_NUM_CPU_DEVICES": "1",
             # One for all labs of a process, whose programs are often the same.
-            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            **children.keeping_programs(folder.parent / "compiled"),
             "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)]),
         }  # fmt: skip
         (folder / "site").mkdir()

@@ -3,44 +3,19 @@
 All cases run in children of one process that has imported the programs once.
 """
 
+import importlib
 import json
-import os
 import pathlib
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
 
+sys.path.append(str(pathlib.Path(__file__).parent))
+children = importlib.import_module("children")
 ROOT = pathlib.Path(__file__).parents[1]
-
-# Reads [module, arguments] from stdin; prints [status, stderr, devices touched] for each.
-SERVER = """
-import json, os, runpy, sys, tempfile
-import slam_jax.train, ml_collections.config_flags
-from jax._src import xla_bridge
-sys.modules["wandb"] = None  # as where it is not installed
-results = []
-for module, arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as errors:
-        child = os.fork()
-        if child == 0:
-            os.dup2(errors.fileno(), 2)
-            sys.argv = [module, *arguments]
-            status = 0
-            try:
-                runpy.run_module(module, run_name="__main__")
-            except SystemExit as end:
-                status = end.code or 0
-            sys.stderr.flush()
-            os._exit(status + (100 if xla_bridge.backends_are_initialized() else 0))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        errors.seek(0)
-        results.append([status % 100, errors.read().decode(), status >= 100])
-json.dump(results, sys.stdout)
-"""
 
 # Name -> (overrides of configs/tiny.py, what stderr says).
 VALUES = {
@@ -140,6 +115,12 @@ def _config_files(folder: pathlib.Path) -> dict[str, tuple[list[str], str]]:
     for name, (source, said) in sources.items():
         (folder / f"{name}.py").write_text(source)
         cases[name] = ([f"--config={folder / f'{name}.py'}", f"--workdir={folder / name}"], said)
+    boolean = folder / "boolean.py"
+    boolean.write_text(tiny.replace('remat="none"', "remat=False"))
+    cases["no_boolean"] = (
+        [f"--config={boolean}", f"--workdir={folder / 'c'}", "--config.student.remat=maybe"],
+        "must be true or false, such as .*=false",
+    )
     cases["no_config_file"] = (["--config=nope.py", f"--workdir={folder / 'a'}"], r"nope\.py")
     cases["no_config"] = ([f"--workdir={folder / 'b'}"], "--config must be given")
     cases["no_workdir"] = ([f"--config={folder / 'extra_key.py'}"], "--workdir must be given")
@@ -265,18 +246,20 @@ def answers(tmp_path_factory, tiny_folder, tiny_sdxl_folder):
         name: ([*good, *extra], said) for name, (extra, said) in (VALUES | LATE_VALUES).items()
     }
     cases |= _config_files(folder)
-    requests = [["slam_jax.main", arguments] for arguments, _ in cases.values()]
-    sample_cases = _sample_cases(folder, tiny_folder)
-    requests += [["slam_jax.sample", arguments] for arguments, _ in sample_cases.values()]
-    export_cases = _export_cases(folder)
-    requests += [["slam_jax.export", arguments] for arguments, _ in export_cases.values()]
-    cases |= sample_cases | export_cases
-    server = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SERVER], input=json.dumps(requests), cwd=ROOT,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    results = zip(cases.items(), json.loads(server.stdout), strict=True)
-    return {name: (*result, said) for (name, (_, said)), result in results}
+    groups = {
+        "main": cases, "sample": _sample_cases(folder, tiny_folder), "export": _export_cases(folder)
+    }  # fmt: skip
+    every = {name: case for group in groups.values() for name, case in group.items()}
+    requests = {
+        name: children.Request(module, arguments)
+        for module, group in groups.items()
+        for name, (arguments, _) in group.items()
+    }
+    found = children.run(requests, num_devices=4)
+    return {
+        name: (found[name].status, found[name].stderr, found[name].touched, said)
+        for name, (_, said) in every.items()
+    }
 
 
 def test_every_mistake_is_one_line_with_status_2(answers):

@@ -3,12 +3,11 @@
 All cases run in children of one process that has imported the program once.
 """
 
+import importlib
 import json
-import os
 import pathlib
 import re
 import runpy
-import subprocess
 import sys
 
 import jax
@@ -25,46 +24,10 @@ from slam_jax.evaluation import drawing, final
 from slam_jax.runtime import checkpoint
 from slam_jax.weights import hub, pretrained
 
+sys.path.append(str(pathlib.Path(__file__).parent))
+children = importlib.import_module("children")
 ROOT = pathlib.Path(__file__).parents[1]
 TINY = ROOT / "configs" / "eval" / "tiny.py"
-
-# Reads lists of arguments from stdin; prints [status, stdout, stderr, devices touched] for each.
-# Those that start with "terminal" find one at stderr.
-SERVER = """
-import io, json, os, runpy, sys, tempfile
-import slam_jax.train, slam_jax.evaluation.history, ml_collections.config_flags
-from jax._src import xla_bridge
-
-class Terminal(io.TextIOWrapper):
-    def isatty(self):
-        return True
-
-results = []
-for arguments in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        child = os.fork()
-        if child == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(errors.fileno(), 2)
-            if arguments[0] == "terminal":
-                sys.stderr = Terminal(sys.stderr.buffer, write_through=True)
-                del arguments[0]
-            sys.argv = ["evaluate", *arguments]
-            status = 0
-            try:
-                runpy.run_module("slam_jax.evaluate", run_name="__main__")
-            except SystemExit as end:
-                status = end.code or 0
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status + (100 if xla_bridge.backends_are_initialized() else 0))
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0)
-        errors.seek(0)
-        told = out.read().decode(), errors.read().decode()
-        results.append([status % 100, *told, status >= 100])
-json.dump(results, sys.stdout)
-"""
 
 
 def _config(path=ROOT / "configs" / "tiny.py"):
@@ -151,21 +114,17 @@ def answers(folder, tiny_folder):
     ]  # fmt: skip
     compare = [*few, f"--model={tiny_folder}", "--steps=1", "--w=2", f"--out={folder}/out"]
     requests = {
-        "compare": ["terminal", *compare],
-        "again": ["terminal", *compare],
-        "watch": [*few, f"--watch={run}", "--steps=1"],
-        "rewatch": [*few, f"--watch={run}", "--steps=1", "--watch_once"],
-        **{name: arguments for name, (arguments, _) in mistakes.items()},
+        name: children.Request("evaluate", arguments, terminal=name in ("compare", "again"))
+        for name, arguments in {
+            "compare": compare,
+            "again": compare,
+            "watch": [*few, f"--watch={run}", "--steps=1"],
+            "rewatch": [*few, f"--watch={run}", "--steps=1", "--watch_once"],
+            **{name: arguments for name, (arguments, _) in mistakes.items()},
+        }.items()
     }
-    server = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SERVER], input=json.dumps(list(requests.values())),
-        cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "2",
-             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"},
-    )  # fmt: skip
-    answers = dict(zip(requests, json.loads(server.stdout), strict=True))
+    kept = children.keeping_programs(folder / "cache")
+    answers = children.run(requests, num_devices=2, **kept)
     return answers, {name: said for name, (_, said) in mistakes.items()}
 
 

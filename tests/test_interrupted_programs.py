@@ -1,14 +1,10 @@
-"""Ctrl-C in the middle of programs that write files: one line, status 130, nothing half-written.
+"""Ctrl-C in the middle of programs that write files: one line, status 130, nothing half-written."""
 
-All runs are children of one process that has imported the programs once.
-"""
-
+import importlib
 import json
-import os
 import pathlib
 import re
 import runpy
-import subprocess
 import sys
 
 import numpy as np
@@ -20,42 +16,9 @@ from slam_jax.distill import state
 from slam_jax.runtime import checkpoint
 from slam_jax.weights import pretrained
 
+sys.path.append(str(pathlib.Path(__file__).parent))
+children = importlib.import_module("children")
 ROOT = pathlib.Path(__file__).parents[1]
-
-# Reads [module, arguments, moment] from stdin; prints [status, stderr] for each. At its moment,
-# when a file that the regex fits is opened or renamed for the first time, a child gets SIGINT.
-SERVER = """
-import json, os, re, runpy, signal, sys, tempfile
-import slam_jax.evaluation.history, slam_jax.train, ml_collections.config_flags
-results = []
-for module, arguments, moment in json.load(sys.stdin):
-    with tempfile.TemporaryFile() as errors:
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(errors.fileno(), 2)
-            told = [] if moment else [True]
-
-            def interrupt_once(event, given):
-                if not told and event in ("open", "os.rename"):
-                    if re.search(moment, " ".join(map(str, given[:2]))):
-                        told.append(True)
-                        os.kill(os.getpid(), signal.SIGINT)
-
-            sys.addaudithook(interrupt_once)
-            sys.argv = [module, *arguments]
-            status = 0
-            try:
-                runpy.run_module(f"slam_jax.{module}", run_name="__main__", alter_sys=True)
-            except SystemExit as end:
-                status = end.code or 0
-            sys.stderr.flush()
-            os._exit(status)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        errors.seek(0)
-        results.append([status, errors.read().decode()])
-json.dump(results, sys.stdout)
-"""
 
 
 def _run_folder(workdir, teacher_folder):
@@ -81,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ends(folder, small_folder):
-    """Name -> (status, stderr) of each run, in this order."""
+    """Name -> what became of each run, in this order."""
     run = _run_folder(folder / "run", small_folder)
     prepare = [
         "--source=shapes2d", f"--model={small_folder}", "--size=32", "--num_images=60",
@@ -117,22 +80,16 @@ def ends(folder, small_folder):
         ),
         "report": ("report", [f"--workdir={run}"], r"report\.html"),
     }  # fmt: skip
-    server = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SERVER], input=json.dumps(list(requests.values())),
-        cwd=ROOT, capture_output=True, text=True, check=True,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1",
-             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"},
-    )  # fmt: skip
-    return dict(zip(requests, json.loads(server.stdout), strict=True))
+    kept = children.keeping_programs(folder / "cache")
+    requests = {name: children.Request(*each) for name, each in requests.items()}
+    return children.run(requests, num_devices=1, **kept)
 
 
 @pytest.mark.parametrize(
     "name", ["prepare", "evaluate", "watch", "export", "export one", "sample", "report"]
 )
 def test_the_end_is_one_line_and_status_130(ends, name):
-    status, err = ends[name]
+    status, err = ends[name].status, ends[name].stderr
     told = [line for line in err.splitlines() if not line.startswith("warning: ")]
     assert status == 130, err
     assert len(told) == 1 and told[0].startswith("interrupted: nothing is half-written"), err
@@ -154,12 +111,12 @@ def _files(where):
 
 
 def test_a_cache_goes_on_to_the_same_bytes(ends, folder):
-    assert ends["prepare again"][0] == ends["prepare straight"][0] == 0
+    assert ends["prepare again"].status == ends["prepare straight"].status == 0
     assert _files(folder / "prepared") == _files(folder / "straight")
 
 
 def test_an_evaluation_goes_on_to_the_same_numbers(ends, folder):
-    assert ends["evaluate again"][0] == ends["evaluate straight"][0] == 0
+    assert ends["evaluate again"].status == ends["evaluate straight"].status == 0
     found = [
         [row["scores"] for row in json.loads((folder / name / "results.json").read_text())["rows"]]
         for name in ("scores", "scored")
