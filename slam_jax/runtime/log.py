@@ -75,9 +75,10 @@ def started(
         events(purge_step=step + 1) as writer,
     ):
         progress.bar.set_description_str("training")
-        for line in metrics.read_text().splitlines() if host == 0 else ():
-            values = json.loads(line)
-            track(values.pop("step"), values)
+        if track is not weights_and_biases.nowhere:
+            for line in metrics.read_text().splitlines():
+                values = json.loads(line)
+                track(values.pop("step"), values)
         yield Log(lines, writer, track, progress, bad, collections.Counter())
 
 

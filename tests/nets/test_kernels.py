@@ -54,10 +54,7 @@ def test_attend_and_its_gradient_are_torchs(scale):
 
 def inputs(num_keys: int, depth: int, dtype=np.float32, batch: int = 2):
     rng = np.random.default_rng(0)
-    return [
-        jnp.asarray(rng.normal(size=(batch, n, 1, depth)), dtype)
-        for n in (num_keys, num_keys, num_keys)
-    ]
+    return [jnp.asarray(rng.normal(size=(batch, num_keys, 1, depth)), dtype) for _ in range(3)]
 
 
 def mixed_and_gradient(attend, *inputs):
