@@ -129,7 +129,7 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(lab, two_h
     began = time.monotonic()
     (status, _, err), _ = labs.end(processes)
     assert time.monotonic() - began < TIMEOUT_S + 5
-    assert status in (1, -signal.SIGABRT) and "process 1 on" in err
+    assert status in (1, -signal.SIGABRT) and "process 1 on" in err, err
 
     workdir = finish(lab, "killed")
     assert labs.numbers(workdir) == labs.numbers(two_hosts)

@@ -93,8 +93,9 @@ def start(
             cluster_detection_method="deactivate",
             # Where JAX's own wait ends first, the process aborts without a word about the address.
             initialization_timeout=timeout_s + 60,
-            # After `peers`, which says more, but even where no Python runs.
-            heartbeat_timeout_seconds=timeout_s + 10, shutdown_timeout_seconds=_MAX_END_S,
+            # After `peers`, which says more, but even where no Python runs. Twice, since JAX's
+            # heart beats twice in that time: of a dead process the last beat may be so old.
+            heartbeat_timeout_seconds=2 * (timeout_s + 10), shutdown_timeout_seconds=_MAX_END_S,
         )  # fmt: skip
     peers.start(job.process_id, timeout_s)
 
