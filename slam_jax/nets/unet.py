@@ -30,9 +30,9 @@ def _is_convolution(primitive: core.Primitive, *_inputs: object, **_params: obje
 
 
 # What the backward pass computes again of residual blocks and transformers -> which results are
-# kept. From first to last it takes less memory and more time.
+# kept (None: all of them). From first to last it takes less memory and more time.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,
     # Norms, activations and attention: of the matrix products, attention's alone have a batch.
     "save_products": jax.checkpoint_policies.save_from_both_policies(
         _is_convolution, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -161,8 +161,8 @@ class UNet2DConditionModel(nn.Module):
     def makers(self) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
         """The residual block and the transformer with what all levels share filled in."""
         resnet, transformer = layers.ResnetBlock2D, attention.Transformer2DModel
-        if self.remat != "none":
-            recomputed = functools.partial(nn.remat, policy=REMAT[self.remat])
+        if policy := REMAT[self.remat]:
+            recomputed = functools.partial(nn.remat, policy=policy)
             resnet, transformer = recomputed(resnet), recomputed(transformer)
         return (
             functools.partial(
