@@ -1,6 +1,7 @@
 """The numbers of benchmarks/comparison.py, seed by seed and as a table.
 
     python benchmarks/comparison_table.py --keep runs/comparison --out comparison.jsonl
+    python benchmarks/comparison_table.py --earlier benchmarks/results/*-comparison*.jsonl
 
 Means over seeds with their standard errors; then each arm's difference from LCM on the same walk,
 seed by seed, so that what the seeds have in common drops out.
@@ -96,15 +97,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=pathlib.Path, default=pathlib.Path("runs/comparison"))
     parser.add_argument("--out", type=pathlib.Path, help="file of JSON, a line for each student")
+    parser.add_argument(
+        "--earlier", type=pathlib.Path, nargs="+", default=[],
+        help="files that --out wrote, whose students join the table",
+    )  # fmt: skip
     options = parser.parse_args()
     paths = sorted(options.keep.glob("*.npz"))
-    if not paths:
-        sys.exit(f"error: {options.keep} holds no *.npz; run benchmarks/comparison.py first")
+    if not paths and not options.earlier:
+        parser.error(f"{options.keep} holds no *.npz; run benchmarks/comparison.py first")
     lines = [numbers(path) for path in paths]
     if options.out:
         content = "".join(f"{json.dumps(line)}\n" for line in lines)
         folder.write_atomic(options.out, content.encode())
-    print(table(lines))
+    earlier = [json.loads(line) for path in options.earlier for line in path.open()]
+    print(table([*earlier, *lines]))
 
 
 if __name__ == "__main__":

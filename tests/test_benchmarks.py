@@ -366,4 +366,9 @@ def test_a_comparison_pairs_seeds(tmp_path):
     empty = subprocess.run(
         [*program, "--keep", tmp_path / "none"], cwd=ROOT, text=True, capture_output=True
     )
-    assert empty.returncode == 1 and empty.stderr.startswith("error: ")
+    assert empty.returncode == 2 and "holds no *.npz" in empty.stderr.splitlines()[-1]
+    joined = subprocess.run(
+        [*program, "--keep", tmp_path / "none", "--earlier", out], cwd=ROOT, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert joined.stdout == done.stdout
