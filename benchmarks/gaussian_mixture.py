@@ -25,7 +25,6 @@ from jaxtyping import Array, Float
 from benchmarks import mixtures, timing
 from slam_jax.diffusion import parameterization, sampler, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, state, step, teacher
-from slam_jax.errors import UserError
 from slam_jax.nets import embeddings
 
 _PUBLISHED, _FIXED = (
@@ -240,10 +239,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ema_rate", type=float, default=0.95)
     parser.add_argument("--samples", type=timing.positive, default=4096)
     options = parser.parse_args()
-    try:
+    with timing.refusing(parser):
         options.methods = {form: method(form, options) for form in options.form}
-    except UserError as error:
-        parser.error(str(error))
     return options
 
 

@@ -52,17 +52,18 @@ def largest(fixed: float, each: float, gigabytes: float) -> int:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    options.add_argument("--config", required=True)
-    options.add_argument("--images", type=timing.positive, nargs="+", default=[1, 4])
-    options.add_argument("--attention", choices=kernels.BY_NAME, default="flash")
-    options.add_argument("--topology", default="v5p:1x1x1")
-    options = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--images", type=timing.positive, nargs="+", default=[1, 4])
+    parser.add_argument("--attention", choices=kernels.BY_NAME, default="flash")
+    parser.add_argument("--topology", default="v5p:1x1x1")
+    options = parser.parse_args()
     if len({*options.images}) < 2:
-        sys.exit("error: --images must be two numbers or more, such as 1 4")
+        parser.error("--images must be two numbers or more, such as 1 4")
     config = runpy.run_path(options.config)["get_config"]().to_dict()
     chosen = settings.from_config(config)._replace(attention=options.attention)
-    found = [memory(chosen, images, options.topology) for images in options.images]
+    with timing.refusing(parser):
+        found = [memory(chosen, images, options.topology) for images in options.images]
     fixed, each = line(options.images, found)
     fits = {gigabytes: largest(fixed, each, gigabytes) for gigabytes in GIGABYTES}
     print(f"{1e-9 * fixed:.1f} GB and {1e-9 * each:.2f} GB an image; the largest batch, in GB:")

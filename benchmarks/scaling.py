@@ -127,7 +127,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    options = parser().parse_args()
+    known = parser()
+    options = known.parse_args()
     config = runpy.run_path(options.config)["get_config"]().to_dict()
     chosen = settings.from_config(config)._replace(batch_size=options.batch)
     if options.model:
@@ -135,7 +136,8 @@ def main() -> None:
     where = [(name, 0) for name in options.topologies or ()]
     where += [(None, number) for number in options.devices or ()]
     for layout in options.layouts:
-        rows = [measure(chosen, options.channels, layout, *each) for each in where]
+        with timing.refusing(known):
+            rows = [measure(chosen, options.channels, layout, *each) for each in where]
         print("layout  devices  arrays MB  sent MB  arguments MB")
         for row in rows:
             print(

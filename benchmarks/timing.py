@@ -1,6 +1,7 @@
 """Run implementations of one program in turns, and print what each cost as a line of JSON."""
 
 import argparse
+import contextlib
 import datetime
 import json
 import pathlib
@@ -8,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 
 from benchmarks import models
 from slam_jax import flops
+from slam_jax.errors import UserError
 from slam_jax.nets import kernels
 
 IMPLEMENTATIONS = ("jax", "torch", "torch_compile")
@@ -58,6 +60,15 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+@contextlib.contextmanager
+def refusing(options: argparse.ArgumentParser) -> Iterator[None]:
+    """Within it a user's mistake ends the program with one line and status 2."""
+    try:
+        yield
+    except UserError as error:
+        options.error(str(error))
 
 
 def report(

@@ -4,7 +4,10 @@ import json
 import pathlib
 import sys
 
+import pytest
+
 from benchmarks import largest_batch
+from slam_jax.runtime import aot
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -26,3 +29,12 @@ def test_the_largest_batch_fits_and_one_more_does_not(monkeypatch, capsys):
     # 22.08, 36.8, 73.6 and 129.72 GB.
     assert table == "24: 0  40: 6  80: 21  141: 43"
     assert json.loads(line)["largest"] == {"24": 0, "40": 6, "80": 21, "141": 43}
+
+
+def test_without_libtpu_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "_version", lambda package: "")
+    arguments = ["--config", str(ROOT / "configs/sd15.py")]
+    monkeypatch.setattr(sys, "argv", ["largest_batch.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        largest_batch.main()
+    assert "pip install 'slam_jax[tpu_topology]'" in capsys.readouterr().err.splitlines()[-1]
