@@ -15,13 +15,20 @@ from benchmarks import models, recipe, timing
 from slam_jax import pipeline
 from slam_jax.distill import loss, step
 from slam_jax.nets import unet
+from slam_jax.runtime import mesh
 
 # Steps before the clock runs. All implementations draw the same in them, and print their losses.
 _UNTIMED = 2
 
 
-def _jax(nets: step.Nets, chosen: loss.Method, inputs: tuple) -> timing.Runner:
-    runner = timing.of_jax(recipe.train_step(nets, chosen), jax.device_put(inputs))
+def _jax(
+    nets: step.Nets, chosen: loss.Method, inputs: tuple, num_devices: int
+) -> timing.Runner:  # fmt: skip
+    """Examples spread over the devices, all else copied to each of them."""
+    devices = mesh.make((("data", num_devices),), jax.devices()[:num_devices])
+    everywhere, spread = mesh.replicated(devices), mesh.batch_sharding(devices)
+    placed = jax.device_put(inputs, (everywhere, everywhere, spread, everywhere))
+    runner = timing.of_jax(recipe.train_step(nets, chosen), placed)
     losses = [float(jax.device_get(runner.call()["loss"])) for _ in range(_UNTIMED)]
     return runner._replace(figures=runner.figures | {"first_losses": losses})
 
@@ -64,7 +71,7 @@ def _runners(
     for name in options.impl:
         if name == "jax":
             inputs = recipe.arguments(size, nets, dtype, examples, parameters)
-            runners[name] = _jax(nets, chosen, inputs)
+            runners[name] = _jax(nets, chosen, inputs, options.devices)
         else:
             runners[name] = _torch(
                 size, chosen, options, parameters, examples, models.null_text(size, nets),
@@ -81,8 +88,16 @@ def main() -> None:
     parser.add_argument(
         "--remat", choices=unet.REMAT, default="none", help="computed again going backwards"
     )
+    parser.add_argument(
+        "--devices", type=timing.positive, default=1, help="JAX's, which share the batch"
+    )
     parser.add_argument("--cached", action="store_true", help="latents as a cache holds them")
     options = parser.parse_args()
+    if options.devices > jax.device_count() or options.batch % options.devices:
+        parser.error(
+            f"--devices {options.devices} must divide --batch {options.batch} and be at most the "
+            f"{jax.device_count()} that are here (on a CPU: JAX_NUM_CPU_DEVICES)"
+        )
     size = models.SIZES[options.size]()
     chosen = recipe.method(size, options.steps)
     shared = {
