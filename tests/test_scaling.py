@@ -24,7 +24,8 @@ def loss(params, x, devices, rules):
     return jnp.mean(jnp.square(jnp.tanh(x @ whole["a"]) @ whole["b"]))
 
 params = {"a": np.eye(64, 128, dtype=np.float32), "b": np.eye(128, 64, dtype=np.float32)}
-for name, layout in scaling.LAYOUTS.items():
+for name in ("dp", "fsdp"):
+    layout = scaling.LAYOUTS[name]
     rows, errors = [], []
     for n in (2, 4, 8):
         devices = mesh.make(layout.axes, jax.devices()[:n])
@@ -48,6 +49,19 @@ for name, layout in scaling.LAYOUTS.items():
 grown = [row._replace(sent=row.sent * (1 + 0.05 * row.devices)) for row in rows]
 print(json.dumps(scaling.verdict(grown)))
 print(json.dumps(scaling.verdict([row._replace(layout="dp", arrays=row.devices) for row in rows])))
+wide = [rows[0]._replace(layout="fsdp_16", devices=n, arrays=8.0 * (n > 16)) for n in (16, 64, 256)]
+print(json.dumps([scaling.verdict(wide), scaling.verdict(wide[:1])]))
+from slam_jax.diffusion import guidance, parameterization, schedule
+levels = schedule.from_config(json.load(open("assets/tiny_sd/scheduler/scheduler_config.json")))
+devices = mesh.make((("data", -1),))
+text, x = np.ones((16, 5, 3), np.float32), np.ones((16, 4, 4, 3), np.float32)
+def guided(x, t, text, null):
+    x, t, text = mesh.spread((x, t, text), devices)
+    net = lambda x, t, text: mesh.spread(x * jnp.mean(text, axis=1)[:, None, None], devices)
+    return guidance.guided(net, x, t, text, null, 2.0, levels, parameterization.EPSILON)
+spread = jax.device_put((x, np.ones(16, np.int32), text), mesh.rows_sharding(devices))
+compiled = jax.jit(guided).lower(*spread, text[:1]).compile()
+print(json.dumps([each.kind for each in collectives.count(hlo.parse(compiled.as_text()), 8)]))
 """
 
 
@@ -83,4 +97,14 @@ def test_fsdp_fetches_the_layers_and_moves_no_activations(printed):
 
 
 def test_what_grows_is_told(printed):
-    assert all(verdict.endswith("DOES NOT HOLD") for verdict in printed[2:])
+    assert all(verdict.endswith("DOES NOT HOLD") for verdict in printed[2:4])
+
+
+def test_copies_of_a_cut_state_are_judged_where_there_are_several(printed):
+    several, one = printed[-2]
+    assert several == "fsdp_16: arrays per device stay constant: holds"
+    assert one == "fsdp_16: its law is about more than 16 devices"
+
+
+def test_guidance_moves_nothing_between_devices(printed):
+    assert printed[-1] == []

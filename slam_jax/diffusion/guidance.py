@@ -54,18 +54,29 @@ def guided_at(
 ) -> tuple[Latent, Latent]:
     """The same at levels that are given, for a time between two of the schedule's.
 
-    The first half of the batch is the conditional one. An SDXLText has the same sizes in both
-    halves: null_text's time_ids are not read.
+    An SDXLText has the same sizes with and without the caption: null_text's time_ids are not read.
     """
     if isinstance(text, SDXLText):
         null_text = null_text._replace(time_ids=text.time_ids)
-    both_x, both_t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
     both_text = jax.tree.map(
-        lambda cond, null: jnp.concatenate([cond, jnp.broadcast_to(null, cond.shape)]),
-        text, null_text,
-    )  # fmt: skip
-    output = teacher(both_x, both_t, both_text)
-    alpha, sigma = jnp.concatenate([alpha, alpha]), jnp.concatenate([sigma, sigma])
-    x_0hat = prediction.to_x0(both_x, output, alpha, sigma)
-    eps = prediction.to_eps(both_x, output, alpha, sigma)
-    return cfg(*jnp.split(x_0hat, 2), w), cfg(*jnp.split(eps, 2), w)
+        lambda cond, null: _beside(cond, jnp.broadcast_to(null, cond.shape)), text, null_text
+    )
+    x, t, alpha, sigma = (_beside(each, each) for each in (x, t, alpha, sigma))
+    output = teacher(x, t, both_text)
+    x_0hat = prediction.to_x0(x, output, alpha, sigma)
+    eps = prediction.to_eps(x, output, alpha, sigma)
+    return cfg(*_apart(x_0hat), w), cfg(*_apart(eps), w)
+
+
+def _beside(
+    cond: Shaped[Array, "B *shape"], uncond: Shaped[Array, "B *shape"]
+) -> Shaped[Array, "B2 *shape"]:
+    """Each example's two, one after the other: devices that share a batch exchange nothing."""
+    return jnp.stack([cond, uncond], axis=1).reshape(-1, *cond.shape[1:])
+
+
+def _apart(
+    both: Shaped[Array, "B2 *shape"],
+) -> tuple[Shaped[Array, "B *shape"], Shaped[Array, "B *shape"]]:
+    pairs = both.reshape(-1, 2, *both.shape[1:])
+    return pairs[:, 0], pairs[:, 1]
