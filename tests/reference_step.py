@@ -163,7 +163,7 @@ def inside_solver(
         watched, values.x_t, values.t, text, null_text,
         method.w, method.schedule, method.prediction,
     )  # fmt: skip
-    eps_cond, eps_uncond = jnp.split(outputs[0], 2)
+    eps_cond, eps_uncond = outputs[0][::2], outputs[0][1::2]
     return {
         "teacher_eps_cond": eps_cond,
         "teacher_eps_uncond": eps_uncond,

@@ -72,11 +72,10 @@ def _beside(
     cond: Shaped[Array, "B *shape"], uncond: Shaped[Array, "B *shape"]
 ) -> Shaped[Array, "B2 *shape"]:
     """Each example's two, one after the other: devices that share a batch exchange nothing."""
-    return jnp.stack([cond, uncond], axis=1).reshape(-1, *cond.shape[1:])
+    return jax.lax.collapse(jnp.stack([cond, uncond], axis=1), 0, 2)
 
 
 def _apart(
     both: Shaped[Array, "B2 *shape"],
 ) -> tuple[Shaped[Array, "B *shape"], Shaped[Array, "B *shape"]]:
-    pairs = both.reshape(-1, 2, *both.shape[1:])
-    return pairs[:, 0], pairs[:, 1]
+    return both[::2], both[1::2]

@@ -50,7 +50,7 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One update from the mean gradient of all microbatches; `key` is the run's, not the step's.
 
-    A gradient above max_grad_norm, or one that is not finite, changes nothing but the step.
+    A gradient above max_grad_norm, or anything that is not finite, changes nothing but the step.
     """
     step_key = jax.random.fold_in(key, state.step)
     progress = state.step / num_steps
@@ -119,17 +119,17 @@ def update(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """AdamW's step, the target after it, and what is logged of both."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
-    student = optax.apply_updates(state.student, updates)
+    norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    # That the update is asked for too, and the barrier, leave each old array one last reader, the
+    # new one that takes its place: else XLA copies them all first.
+    usable = jnp.isfinite(mean_loss) & jnp.isfinite(norms["update_norm"])
+    usable &= norms["grad_norm"] <= max_grad_norm
+    keep = partial(jax.tree.map, partial(jnp.where, usable))
+    student = keep(optax.apply_updates(state.student, updates), state.student)
+    student, usable = jax.lax.optimization_barrier((student, usable))
     target = jax.tree.map(
-        lambda old, new: ema_rate * old + (1.0 - ema_rate) * new, state.target, student
-    )
-    after = TrainState(state.step, student, target, opt_state)
-    metrics = {
-        "loss": mean_loss,
-        "grad_norm": optax.tree.norm(grads),
-        "update_norm": optax.tree.norm(updates),
-    }
-    usable = jnp.isfinite(mean_loss) & (metrics["grad_norm"] <= max_grad_norm)
-    after = jax.tree.map(partial(jnp.where, usable), after, state)
-    metrics["skipped"] = 1.0 - usable.astype(jnp.float32)
-    return after.replace(step=state.step + 1), metrics
+        lambda old, new: jnp.where(usable, ema_rate * old + (1.0 - ema_rate) * new, old),
+        state.target, student,
+    )  # fmt: skip
+    after = TrainState(state.step + 1, student, target, keep(opt_state, state.opt_state))
+    return after, {"loss": mean_loss, **norms, "skipped": 1.0 - usable.astype(jnp.float32)}

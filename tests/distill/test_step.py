@@ -1,5 +1,6 @@
 """The train step with networks of five lines: what moves, what stays, and on how many devices."""
 
+import re
 from functools import partial
 
 import jax
@@ -229,6 +230,33 @@ def test_an_update_that_would_spoil_everything_is_dropped(one_device, poison):
     assert np.isfinite(metrics["loss"]) == (poison == 1e9)
     assert after.step == start.step + 1
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=start.step), start)
+
+
+@pytest.fixture(scope="module")
+def compiled_update():
+    """Of ADAMW, its state given away; (state, loss, gradient) -> (state, metrics)."""
+    start = state.init({"kernel": jnp.ones((64, 64))}, ADAMW)
+    update = partial(step.update, optimizer=ADAMW, ema_rate=0.9, max_grad_norm=MAX_GRAD_NORM)
+    gradient = {"kernel": jnp.full((64, 64), 1e-3)}
+    lowered = jax.jit(update, donate_argnums=0).lower(start, jnp.float32(1.0), gradient)
+    return lowered.compile(), start, gradient
+
+
+def test_an_infinite_update_is_dropped_though_its_gradient_is_finite(compiled_update):
+    update, start, gradient = compiled_update
+    infinite = {"kernel": jnp.full((64, 64), jnp.inf)}
+    before = start.replace(opt_state=optax.tree.set(start.opt_state, mu=infinite))
+    before = jax.tree.map(jnp.copy, before)
+    expected = jax.device_get(before)
+    after, metrics = update(before, jnp.float32(1.0), gradient)
+    assert metrics["skipped"] == 1 and after.step == expected.step + 1
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=expected.step), expected)
+
+
+def test_no_array_of_the_state_is_copied_to_be_replaced(compiled_update):
+    update, *_ = compiled_update
+    copied = re.findall(r"= f32\[64,64\]\S* copy\(", update.as_text())
+    assert not copied
 
 
 def test_other_updates_are_not_dropped(one_device):
