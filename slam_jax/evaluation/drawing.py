@@ -9,11 +9,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
-from slam_jax import pipeline
+from slam_jax import drawing_programs, pipeline
 from slam_jax.data import text_inputs
 from slam_jax.evaluation import noise, protocol, samplers
 from slam_jax.evaluation.samplers import Entry
-from slam_jax.runtime import images
+from slam_jax.runtime import executables, images
 from slam_jax.weights import fingerprint, pretrained
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
@@ -72,8 +72,10 @@ def start(
     model = pretrained.load(
         candidate.model, place=lambda path, x: jax.device_put(at_rest(path, x), everywhere)
     )
+    # What was read before was not placed.
     model = model._replace(
-        unet=model.unet._replace(params=jax.device_put(model.unet.params, everywhere))
+        unet=model.unet._replace(params=jax.device_put(model.unet.params, everywhere)),
+        vae=model.vae._replace(params=jax.device_put(model.vae.params, everywhere)),
     )
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
     size = (image_size, image_size)
@@ -91,7 +93,10 @@ def start(
 
 
 def drawer(artist: Artist, entry: Entry, batch_size: int) -> Callable[[np.ndarray], Pictures]:
-    """(numbers of batch_size images) -> the images, 8 bits; compiled here, so that time counts."""
+    """(numbers of batch_size images) -> the images, 8 bits; compiled here, so that time counts.
+
+    A program is kept for models that differ in parameters alone, such as the students of a run.
+    """
     model = artist.model
     rows, columns = (NamedSharding(artist.devices, P(*axes)) for axes in (["data"], [None, "data"]))
     noise_of = noise.of_images(artist.seed, samplers.num_noises(entry), artist.latent_shape)
@@ -105,6 +110,6 @@ def drawer(artist: Artist, entry: Entry, batch_size: int) -> Callable[[np.ndarra
         return *fixed, text, artist.null_text, jax.device_put(noise_of(numbers), columns)
 
     first = inputs(np.zeros(batch_size, np.int64))
-    draw = jax.jit(samplers.build(model, entry, artist.dtype), out_shardings=rows)
-    compiled = draw.lower(*first).compile()
+    given = (drawing_programs.without_params(model), entry, artist.dtype.name)
+    compiled = executables.load(samplers.build, given, *first)
     return lambda numbers: images.quantize(jax.device_get(compiled(*inputs(numbers))))

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jax.typing import DTypeLike
-
 from slam_jax import pipeline, students
 from slam_jax.diffusion import parameterization, sampler, schedule, spacing
 from slam_jax.errors import UserError
@@ -99,15 +97,19 @@ def num_noises(entry: Entry) -> int:
     return entry.steps if entry.sampler == FEW_STEP else 1
 
 
-def build(model: pretrained.Pretrained, entry: Entry, dtype: DTypeLike) -> Callable:
-    """(unet_params, vae_params, text, null_text, noise [S, B, h, w, C]) -> images in [0, 1]."""
+def build(model: pretrained.Pretrained, entry: Entry, dtype: str) -> Callable:
+    """(unet_params, vae_params, text, null_text, noise [S, B, h, w, C]) -> images in [0, 1].
+
+    Of the model, configs alone count.
+    """
+    computed = pipeline.dtype(dtype)
     shared = (
-        pipeline.decode(model.vae.config, dtype),
+        pipeline.decode(model.vae.config, computed),
         schedule.from_config(model.scheduler),
         parameterization.prediction_from_config(model.scheduler),
     )
     if entry.sampler == FEW_STEP:
-        student = pipeline.student(model.unet.config, dtype)
+        student = pipeline.student(model.unet.config, computed)
         few_step = pipeline.few_step(student, *shared, entry.steps, entry.original_steps)
 
         def draw(unet, vae, text, null_text, noise):
@@ -115,7 +117,7 @@ def build(model: pretrained.Pretrained, entry: Entry, dtype: DTypeLike) -> Calla
             return few_step(unet, vae, text, noise)
 
         return draw
-    teacher = pipeline.teacher(model.unet.config, dtype)
+    teacher = pipeline.teacher(model.unet.config, computed)
     guided = pipeline.guided(
         entry.sampler, teacher, *shared, _scheduler(model, entry), entry.steps, entry.w
     )

@@ -30,7 +30,7 @@ from slam_jax.evaluation import (
     store,
 )
 from slam_jax.nets.classifier import ShapesClassifier
-from slam_jax.runtime import log
+from slam_jax.runtime import executables, log
 from slam_jax.weights import pretrained
 from slam_jax.weights import student as student_folder
 
@@ -114,6 +114,26 @@ def real(small, setup):
 def _pictures(where):
     paths = sorted(where.glob("*.png"))
     return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+def test_a_runs_later_students_are_drawn_by_the_program_of_its_first(
+    models, setup, tmp_path, monkeypatch
+):
+    def drawn(student):
+        (entry,) = samplers.entries(student, ("few_step",), (1,), (), 50, "trailing")
+        chosen = drawing.candidate("student", student, "float32", [entry])
+        artist = drawing.start(chosen, ["a red circle"] * 2, 32, 0, setup.devices)
+        return drawing.drawer(artist, entry, 2)(np.arange(2))
+
+    first = models[1]
+    params = jax.tree.map(lambda x: 1.1 * np.asarray(x), first.unet.params)
+    later = first._replace(unet=first.unet._replace(params=params))
+    expected = drawn(later)
+    monkeypatch.setenv("SLAM_JAX_CACHE", str(tmp_path))
+    assert (drawn(first) != expected).any()
+    assert len([*(tmp_path / "executables").iterdir()]) == 1
+    monkeypatch.setattr(executables.export, "export", None)
+    np.testing.assert_array_equal(drawn(later), expected)
 
 
 def test_bar_counts_every_call_of_the_unet(drawn, setup, candidates):
