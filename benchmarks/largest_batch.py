@@ -1,9 +1,10 @@
 """The largest batch that memories of 24, 40, 80 and 141 GB hold, by XLA's plans: nothing is run.
 
-    python benchmarks/largest_batch.py --config configs/sd15.py --images 1 4
+    python benchmarks/largest_batch.py --config configs/sd15.py --images 32 64
 
 plans the config's train step for one TPU at each of these numbers of images at a time; on the
-straight line through them lies every other. A GPU's program takes other room: a prediction.
+straight line through them lies every larger one. Not with few images, where what takes most room
+is what does not grow with them, such as gradients. A GPU's program takes other room: a prediction.
 """
 
 import argparse
@@ -54,12 +55,12 @@ def largest(fixed: float, each: float, gigabytes: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", required=True)
-    parser.add_argument("--images", type=timing.positive, nargs="+", default=[1, 4])
+    parser.add_argument("--images", type=timing.positive, nargs="+", default=[32, 64])
     parser.add_argument("--attention", choices=kernels.BY_NAME, default="flash")
     parser.add_argument("--topology", default="v5p:1x1x1")
     options = parser.parse_args()
     if len({*options.images}) < 2:
-        parser.error("--images must be two numbers or more, such as 1 4")
+        parser.error("--images must be two numbers or more, such as 32 64")
     config = runpy.run_path(options.config)["get_config"]().to_dict()
     chosen = settings.from_config(config)._replace(attention=options.attention)
     with timing.refusing(parser):
