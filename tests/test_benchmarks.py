@@ -89,13 +89,17 @@ def test_train_step_prints_what_a_call_costs():
 
 
 def test_torch_takes_the_same_steps():
-    """From equal weights and draws; the second step's loss tells of the update before it."""
+    """From equal weights and draws, an example on each device of ours.
+
+    The second step's loss tells of the update before it.
+    """
     done = subprocess.run(
         [
             sys.executable, "benchmarks/train_step.py", "--impl", "torch", "jax", "--batch", "2",
-            "--repeat", "1", "--steps", "2",
+            "--repeat", "1", "--steps", "2", "--devices", "2",
         ],
-        cwd=ROOT, text=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     torchs, ours = map(json.loads, done.stdout.splitlines())
