@@ -67,7 +67,10 @@ PLACES = (
     ),
     (EXPORT, "tests/test_export.py::test_torch_draws_the_same_images_from_every_format"),
     (r"python benchmarks/scaling\.py", "tests/test_scaling.py::test_dp_sums_the_gradients"),
-    (r"python benchmarks/largest_batch", "tests/test_largest_batch.py::test_the_largest_batch_fits"),
+    (
+        r"python benchmarks/largest_batch",
+        "tests/test_largest_batch.py::test_the_largest_batch_fits",
+    ),
     (r"python benchmarks/data\.py", "tests/test_benchmarks.py::test_data_prints_a_line"),
     (r"python benchmarks/checkpoint\.py", "tests/test_benchmarks.py::test_checkpoint_prints_what"),
     (r"python benchmarks/gaussian", "tests/test_benchmarks.py::test_gaussian_mixture_prints"),

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -209,12 +210,19 @@ def _plan(again: Callable[[], jax.stages.Lowered], num_devices: int) -> Compiled
 
 
 def _write_plan(again: Callable[[], jax.stages.Lowered], place: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # A program that JAX has kept would not be planned.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         again().compile(compiler_options={"xla_dump_to": place, "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
         (Path(place) / _FAILURE).write_text(str(error))
+
+
+def _end_with_parent() -> None:
+    """Thread: a parent that is killed cannot end what it started."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _read_plan(text: str, buffers: str, seconds: float, num_devices: int) -> Compiled:

@@ -1,8 +1,11 @@
 """Plans: what XLA settles before it makes machine code, read from its files."""
 
+import subprocess
 import sys
+import time
 
 import jax
+import psutil
 import pytest
 
 from slam_jax.runtime import aot
@@ -78,3 +81,24 @@ allocation 6: size 7777, color 1, preallocated-temp:
 def test_memory_is_that_of_the_buffers_in_main_memory():
     found = aot._read_plan("ENTRY %main () -> f32[] {\n}\n", BUFFERS, 1.0, 4)
     assert found[3:8] == (4096 + 512, 2048, 9000 + 64, 0, 0)
+
+
+def test_a_killed_parent_leaves_no_planner(tmp_path):
+    """One of SDXL takes 11 GB, for as long as the whole compilation would take."""
+    planning = tmp_path / "planning"
+    lowers = f"import time; open({str(planning)!r}, 'w').close(); time.sleep(600)"
+    program = "import functools\nfrom slam_jax.runtime import aot\n" + (
+        f"if __name__ == '__main__':\n    aot._plan(functools.partial(exec, {lowers!r}), 1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program])
+    until = time.monotonic() + 60
+    while not planning.exists():
+        assert time.monotonic() < until and parent.poll() is None
+        time.sleep(0.1)
+    started = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(started, timeout=20)
+    for each in alive:
+        each.kill()
+    assert started and not alive
