@@ -3,7 +3,7 @@
 Differs from configs/sd15.py in four values: points of a sub-path are told the time to which their
 noise belongs (sigma "matched"), four of five examples are its end itself (gamma = 1, as in LCM),
 the gamma layer, which is told nothing then, starts from zero, and Huber's c is 0.1, not 0.001. It
-costs the same. On assets/tiny_sd this was better than LCM as released at 1, 2, 4 and 8 steps, and
+costs the same. On assets/tiny_sd this was better than LCM as released at 2, 4 and 8 steps, and
 than LCM with this c at 4 and 8; with sub-paths of 100 in five solver steps (length = 100, five
 times the teacher's calls) and half of the examples at gamma = 1, c as released, it was better at 2,
 4 and 8 (README, "LCM or SPLAM?").
