@@ -3,11 +3,13 @@
     python benchmarks/comparison_table.py --keep runs/comparison --out comparison.jsonl
     python benchmarks/comparison_table.py --earlier benchmarks/results/*-comparison*.jsonl
 
-Means over seeds with their standard errors; then each arm's difference from LCM on the same walk,
-seed by seed, so that what the seeds have in common drops out.
+Means over seeds with their standard errors; then each arm's difference from LCM on the same walk
+(with the released loss, and with its own), seed by seed, so that what the seeds have in common
+drops out.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import sys
@@ -59,9 +61,8 @@ def table(lines: list[dict[str, Any]]) -> str:
     present = [name for name in arms if of[name]]
     means = [[name, str(len(of[name])), *_cells(of[name].values())] for name in present]
     differences = []
-    for name in present:
-        base = next((other for other in present if _is_lcm_of(arms[other], arms[name])), None)
-        if base is None or base == name:
+    for name, base in itertools.product(present, present):
+        if name == base or not _is_lcm_of(arms[base], arms[name]):
             continue
         shared = sorted(of[name].keys() & of[base].keys())
         gaps = [
@@ -73,8 +74,11 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def _is_lcm_of(arm: comparison.Arm, other: comparison.Arm) -> bool:
+    """On the same walk, as released or with the other's own loss."""
     lcm = arm.form.get("gamma") == ("ones",)
-    return lcm and arm._replace(form={}) == other._replace(form={}, cond_proj=arm.cond_proj)
+    same_loss = arm.form.get("distance") in (None, other.form.get("distance"))
+    same_rest = arm._replace(form={}) == other._replace(form={}, cond_proj=arm.cond_proj)
+    return lcm and same_loss and same_rest
 
 
 def _cells(lines: Iterable[Mapping[str, Any]]) -> list[str]:
