@@ -76,6 +76,8 @@ LOSSES = {
     "ema_99": {"ema_rate": 0.99},
     "w2": {"walk": {"w": 2.0}},
     "w4": {"walk": {"w": 4.0}},
+    "c_1_w2": {"form": {"distance": ("huber", 1e-1)}, "walk": {"w": 2.0}},
+    "c_1_w4": {"form": {"distance": ("huber", 1e-1)}, "walk": {"w": 4.0}},
 }
 
 

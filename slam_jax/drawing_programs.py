@@ -6,7 +6,6 @@ hold, and from nothing else: runtime/executables.py knows a program by them.
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, UInt8, UInt32
 
 from slam_jax import pipeline
 from slam_jax.diffusion import parameterization, sampler, schedule
-from slam_jax.shapes import Image, Pixels, SDXLText
+from slam_jax.shapes import Image, Pixels
 from slam_jax.weights import pretrained
 
 ORIGINAL_STEPS = 50
@@ -46,18 +45,8 @@ class Drawn(NamedTuple):
     pixels: Pixels
 
 
-for _name, _type in (("SDXLText", SDXLText), ("Seeds", Seeds), ("Start", Start), ("Drawn", Drawn)):
+for _name, _type in (("Seeds", Seeds), ("Start", Start), ("Drawn", Drawn)):
     export.register_namedtuple_serialization(_type, serialized_name=f"slam_jax.{_name}")
-
-
-def without_params(model: pretrained.Pretrained) -> pretrained.Pretrained:
-    """What a program depends on: configs."""
-    bare = {
-        name: part._replace(params={})
-        for name, part in model._asdict().items()
-        if isinstance(part, pretrained.Component)
-    }
-    return model._replace(**bare, tokenizer=Path(), tokenizer_2=None)
 
 
 def text(model: pretrained.Pretrained, dtype: str) -> Callable:

@@ -196,7 +196,7 @@ def _program(drawer: Drawer, build: Callable, given: tuple, params: tuple, *argu
     key = (build, given, tree, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
     with drawer.lock:
         if key not in drawer.programs:
-            bare = drawing_programs.without_params(drawer.model)
+            bare = pretrained.without_params(drawer.model)
             drawer.programs[key] = executables.load(
                 build, (bare, drawer.dtype, *given), *params, *arguments
             )  # fmt: skip

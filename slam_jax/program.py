@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from slam_jax import experiment, pipeline
 from slam_jax.distill import loss, optimizer, state, step
 from slam_jax.errors import UserError
-from slam_jax.runtime import mesh
+from slam_jax.runtime import executables, mesh
 from slam_jax.settings import Settings
 from slam_jax.weights import pretrained
 
@@ -27,6 +27,7 @@ class Parts(NamedTuple):
     nets: step.Nets
     method: loss.Method
     optimizer: optax.GradientTransformation
+    configs: tuple  # of the student, and of the teacher's parts, as JSON can hold them
 
 
 class Program(NamedTuple):
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     layout: state.TrainState  # shardings alone
     replicated: NamedSharding
     step: Callable  # jitted: (TrainState, Frozen, batch, key) -> (TrainState, metrics)
+    lower: Callable  # step.lower, which traces only what no process has traced before
 
 
 def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
@@ -48,6 +50,7 @@ def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
         nets=experiment.nets(settings, teacher, student.config, mesh.on_own_examples),
         method=experiment.method(settings.distill, teacher.scheduler),
         optimizer=optimizer.adamw(**settings.optimizer._asdict() | {"mu_dtype": mu_dtype}),
+        configs=(student.config, pretrained.without_params(teacher)),
     )
 
 
@@ -60,15 +63,29 @@ def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
     layout = jax.tree.map(lambda leaf: leaf.sharding, like)
     replicated = mesh.replicated(devices)
     nets = _spread(parts.nets, devices, settings.mesh.rules)
-    train_step = jax.jit(
-        partial(
-            step.train_step, nets=nets, method=parts.method, optimizer=parts.optimizer,
-            ema_rate=settings.ema_rate, num_steps=settings.num_steps,
-            max_grad_norm=settings.faults.max_grad_norm,
-        ),
-        donate_argnums=0, out_shardings=(layout, replicated),
+    function = partial(
+        step.train_step, nets=nets, method=parts.method, optimizer=parts.optimizer,
+        ema_rate=settings.ema_rate, num_steps=settings.num_steps,
+        max_grad_norm=settings.faults.max_grad_norm,
     )  # fmt: skip
-    return Program(first, like, layout, replicated, train_step)
+    options = {"donate_argnums": 0, "out_shardings": (layout, replicated)}
+    lower = partial(executables.lower, function, "train_step", _decisive(settings, parts))
+    return Program(
+        first, like, layout, replicated, jax.jit(function, **options), partial(lower, **options)
+    )
+
+
+def _decisive(settings: Settings, parts: Parts) -> tuple:
+    """All that the train step depends on, but for the shapes of what it takes.
+
+    Settings count unless they are known not to, so that a new one does.
+    """
+    student = settings.student._replace(start="", cond_proj="")
+    bare = settings._replace(
+        seed=0, teacher=settings.teacher.dtype, student=student, data=None, eval=None,
+        checkpoint=None, faults=settings.faults.max_grad_norm, log=None,
+    )  # fmt: skip
+    return bare, parts.configs
 
 
 def _check_attention(kernel: str, devices: Mesh) -> None:

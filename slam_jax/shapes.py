@@ -7,6 +7,7 @@ Checked by an import hook in the tests only; production pays nothing.
 
 from typing import NamedTuple
 
+from jax import export
 from jaxtyping import Array, Float, Int, Key, Real, UInt8
 
 Image = Float[Array, "B H W 3"]
@@ -33,6 +34,9 @@ class SDXLText(NamedTuple):
     pooled: Float[Array, "B P"]
     time_ids: Int[Array, "B 6"]
 
+
+# So that a program that takes it can be kept (runtime/executables.py).
+export.register_namedtuple_serialization(SDXLText, serialized_name="slam_jax.SDXLText")
 
 # Of every UNet: the text alone in SD 1.x and 2.x.
 Conditioning = Text | SDXLText

@@ -63,7 +63,7 @@ def train(settings: Settings, where: bucket.Mirror) -> None:
         if done < settings.num_steps:
             with log.phase(progress, "compiling the step"):
                 batch = put(dataset[done].arrays)
-                train_step = train_step.lower(built.like, frozen, batch, train_key).compile()
+                train_step = built.lower(built.like, frozen, batch, train_key).compile()
 
         def restored(saved: int) -> state.TrainState:
             if saved:

@@ -105,7 +105,8 @@ def run(
 def keeping_programs(folder: pathlib.Path) -> dict[str, str]:
     """The environment in which what is compiled is kept there."""
     return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "SLAM_JAX_CACHE": str(folder),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

@@ -3,9 +3,14 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import export
 from jax.typing import DTypeLike
 
 from slam_jax.errors import UserError
+
+# So that a program that takes its state can be kept (runtime/executables.py).
+for _state in (optax.EmptyState, optax.ScaleByAdamState, optax.ScaleByScheduleState):
+    export.register_namedtuple_serialization(_state, serialized_name=f"optax.{_state.__name__}")
 
 
 def adamw(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import export
 
 from slam_jax.diffusion import guidance
 
@@ -32,6 +33,16 @@ class Frozen(NamedTuple):
     vae: Params
     text_encoder: Params
     null_text: guidance.NullText
+
+
+# So that a program that takes them can be kept (runtime/executables.py).
+export.register_namedtuple_serialization(Frozen, serialized_name="slam_jax.Frozen")
+export.register_pytree_node_serialization(
+    TrainState,
+    serialized_name="slam_jax.TrainState",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
 
 
 def init(student: Params, optimizer: optax.GradientTransformation) -> TrainState:

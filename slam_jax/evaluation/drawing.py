@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
-from slam_jax import drawing_programs, pipeline
+from slam_jax import pipeline
 from slam_jax.data import text_inputs
 from slam_jax.evaluation import noise, protocol, samplers
 from slam_jax.evaluation.samplers import Entry
@@ -110,6 +110,6 @@ def drawer(artist: Artist, entry: Entry, batch_size: int) -> Callable[[np.ndarra
         return *fixed, text, artist.null_text, jax.device_put(noise_of(numbers), columns)
 
     first = inputs(np.zeros(batch_size, np.int64))
-    given = (drawing_programs.without_params(model), entry, artist.dtype.name)
+    given = (pretrained.without_params(model), entry, artist.dtype.name)
     compiled = executables.load(samplers.build, given, *first)
     return lambda numbers: images.quantize(jax.device_get(compiled(*inputs(numbers))))

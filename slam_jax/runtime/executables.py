@@ -39,37 +39,58 @@ def load(build: Callable[..., Callable], given: tuple, *arguments: Any) -> jax.s
     places, this package's code, the versions of JAX, its settings, XLA's flags, and the machine's
     kind. Whatever is absent or damaged is made anew.
     """
-    if kept.folder() is None:
-        return jax.jit(build(*given)).lower(*arguments).compile()
-    key = _key(build, given, arguments)
+    key = _key(f"{build.__module__}.{build.__qualname__}", given, arguments)
+    lowered, is_kept = _lowered(key, lambda: build(*given), arguments, {})
+    if is_kept and kept.folder() is not None:
+        return _compiled(key, lowered)
+    return lowered.compile()
+
+
+def lower(
+    function: Callable, name: str, given: tuple, *arguments: Any, **options: Any
+) -> jax.stages.Lowered:
+    """jax.jit(function, **options).lower(*arguments), traced once for all processes alike.
+
+    name, given: what tells the function from others, as for `load`. arguments: shapes do, with
+    their sharding. JAX's own cache may hold its executable. Devices of several hosts are no
+    hindrance: hosts that trace and hosts that read get the same program, to the bit.
+    """
+    return _lowered(_key(name, given, arguments), lambda: function, arguments, options)[0]
+
+
+def _lowered(
+    key: str, make: Callable[[], Callable], arguments: tuple, options: dict[str, Any]
+) -> tuple[jax.stages.Lowered, bool]:
+    """And whether it can be kept."""
     content = kept.read("programs", key)
     if content is None:
+        jitted = jax.jit(make(), **options)
         try:
-            exported = export.export(jax.jit(build(*given)))(*arguments)
+            content = bytes(export.export(jitted)(*arguments).serialize())
         except UserError:
             raise
         except ValueError:
             # It calls what this accelerator alone knows, of which JAX promises no permanence.
-            return jax.jit(build(*given)).lower(*arguments).compile()
-        kept.write("programs", key, bytes(exported.serialize()))
-    else:
-        exported = export.deserialize(bytearray(content))
-    return _compiled(key, exported, arguments)
+            return jitted.lower(*arguments), False
+        kept.write("programs", key, content)
+    # Read back even where it was just written: tracing and reading must not differ.
+    call = export.deserialize(bytearray(content)).call
+    return jax.jit(call, **options).lower(*arguments), True
 
 
-def _key(build: Callable[..., Callable], given: tuple, arguments: tuple) -> str:
+def _key(name: str, given: tuple, arguments: tuple) -> str:
     leaves, tree = jax.tree.flatten(arguments)
     device = jax.devices()[0]
     settings = {k: v for k, v in jax.config.values.items() if not _ASIDE.fullmatch(k)}
     return kept.key(
-        f"{build.__module__}.{build.__qualname__}", given, str(tree),
+        name, given, str(tree),
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves],
         [device.platform, device.device_kind, device.client.platform_version, jax.device_count()],
         kept.machine(), settings, [os.environ.get(k) for k in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")],
     )  # fmt: skip
 
 
-def _compiled(key: str, exported: export.Exported, arguments: tuple) -> jax.stages.Compiled:
+def _compiled(key: str, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """By XLA, or read from the file that JAX's cache had it in."""
     before = kept.read("executables", key)
     with _LOCK, tempfile.TemporaryDirectory() as folder:
@@ -78,7 +99,7 @@ def _compiled(key: str, exported: export.Exported, arguments: tuple) -> jax.stag
             name, _, content = before.partition(b"\n")
             (Path(folder) / name.decode()).write_bytes(content)
         with _cache_in(folder):
-            compiled = jax.jit(exported.call).lower(*arguments).compile()
+            compiled = lowered.compile()
         new = [path for path in Path(folder).glob("*" + _SUFFIX) if path.name != name.decode()]
         if len(new) == 1:
             kept.write("executables", key, new[0].name.encode() + b"\n" + new[0].read_bytes())

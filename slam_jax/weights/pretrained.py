@@ -37,6 +37,16 @@ class Pretrained(NamedTuple):
     force_zeros_for_empty_prompt: bool = True
 
 
+def without_params(model: Pretrained) -> Pretrained:
+    """What a program depends on: configs."""
+    bare = {
+        name: part._replace(params={})
+        for name, part in model._asdict().items()
+        if isinstance(part, Component)
+    }
+    return model._replace(**bare, tokenizer=Path(), tokenizer_2=None)
+
+
 class Part(NamedTuple):
     """How one network is kept in a folder."""
 

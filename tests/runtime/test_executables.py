@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from slam_jax import kept
 from slam_jax.runtime import executables
@@ -40,6 +42,49 @@ def test_it_is_traced_once(cache):
         run(2.0)
     assert traced == [2.0, 3.0, 2.0, 2.0]
     assert jax.config.values["jax_compilation_cache_dir"] == settings
+
+
+def add(now, change):
+    traced.append("add")
+    return {"sum": now["sum"] + change.sum()}, change.mean()
+
+
+def lowered():
+    devices = jax.make_mesh((4,), ("data",))
+    spread, whole = (NamedSharding(devices, P(*axes)) for axes in (["data"], []))
+    now = {"sum": jax.device_put(jnp.zeros(3), whole)}
+    change = jax.device_put(jnp.arange(8.0), spread)
+    options = {"donate_argnums": 0, "out_shardings": ({"sum": whole}, whole)}
+    return executables.lower(add, "add", (), now, change, **options), now, change
+
+
+def test_a_program_of_many_devices_is_traced_once_and_the_same_when_read(cache):
+    first, *_ = lowered()
+    (path,) = (cache / "programs").iterdir()
+    again, now, change = lowered()
+    assert traced == ["add"] and first.as_text() == again.as_text()
+    later, mean = again.compile()(now, change)
+    assert later["sum"].tolist() == [28.0] * 3 and mean == 3.5
+    assert now["sum"].is_deleted() and not change.is_deleted()
+    path.unlink()
+    jax.clear_caches()
+    assert lowered()[0].as_text() == first.as_text() and traced == ["add"] * 2
+
+
+def test_without_a_folder_the_program_is_the_same(cache, monkeypatch):
+    kept_one, *_ = lowered()
+    monkeypatch.setenv("SLAM_JAX_CACHE", "")
+    assert lowered()[0].as_text() == kept_one.as_text()
+
+
+def test_what_jax_cannot_keep_is_lowered_as_it_is(cache, monkeypatch):
+    def refused(*_, **__):
+        raise ValueError("custom call without a guarantee")
+
+    monkeypatch.setattr(executables.export, "export", lambda _: refused)
+    program, now, change = lowered()
+    assert program.compile()(now, change)[0]["sum"].tolist() == [28.0] * 3
+    assert not (cache / "programs").exists()
 
 
 def test_other_code_or_another_machine_has_its_own(cache, monkeypatch):
