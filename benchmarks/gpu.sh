@@ -87,8 +87,9 @@ done
 run train_step "${common[@]}" --batch "$batch" --remat all
 if has ml_collections grain array_record tensorboardX tqdm tokenizers msgpack; then
     run overhead --size "$size" --batch "$batch"
+    run compile --config "configs/$size.py" --batch "$batch"
 else
-    echo "skipped: the loop's overhead, since packages are missing and pip cannot fetch them" >&2
+    echo "skipped: the loop's overhead and compiling, since packages are missing and pip cannot fetch them" >&2
 fi
 echo "results are in $out" >&2
 exit "$failed"

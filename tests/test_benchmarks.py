@@ -226,6 +226,23 @@ def _flops(function, *shapes):
     return flops.count(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
 
 
+def test_compile_prints_what_a_later_process_spares(tmp_path, tiny_folder):
+    config = tmp_path / "small.py"
+    config.write_text(
+        "from configs import tiny\n\n\ndef get_config():\n    config = tiny.get_config()\n"
+        f"    config.teacher.model = {str(tiny_folder)!r}\n    return config\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "benchmarks/compile.py", "--config", str(config), "--batch", "4"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
+    line = json.loads(done.stdout)
+    assert line["config"] == str(config) and line["batch"] == 4
+    assert 0 < 4 * line["warm_lower_s"] < line["cold_lower_s"]
+    assert 0 < 2 * line["warm_compile_s"] < line["cold_compile_s"]
+
+
 def test_flops_of_products_loops_and_recomputation():
     product = 2 * 3 * 5 * 7
     x, w = (3, 5), (5, 7)
@@ -273,6 +290,7 @@ NEED_MORE = {
     "laboratory.py",
     "overhead.py",
     "comparison_plot.py",
+    "compile.py",
     "page_load.py",
     "torch_nets.py",
     "torch_step.py",
@@ -321,8 +339,8 @@ def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
     (results,) = tmp_path.glob("*-some-gpu-9.jsonl")
     commands = [json.loads(line)["program"] for line in results.read_text().splitlines()]
     kinds = collections.Counter(pathlib.PurePath(each.split()[0]).stem for each in commands)
-    assert kinds == {"peak": 1, "train_step": 3, "sampler": 9, "overhead": 1}
-    for command in commands[1:-1]:
+    assert kinds == {"peak": 1, "train_step": 3, "sampler": 9, "overhead": 1, "compile": 1}
+    for command in commands[1:-2]:
         assert "--size tiny --dtype bfloat16 --repeat 10" in command
 
 

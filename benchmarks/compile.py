@@ -1,0 +1,79 @@
+"""Time until a config's train step is compiled: with empty caches, and in a process after that.
+
+    python benchmarks/compile.py --config configs/sd15.py --batch 16
+
+Nothing runs, and of the teacher shapes alone are needed, so neither weights nor memory for them.
+Prints a line of JSON.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+
+# So that a checkout runs where it is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks import timing
+from slam_jax import arguments, program, settings
+from slam_jax.runtime import mesh
+
+
+def compile_step(config: str, batch: int, attention: str) -> dict[str, float]:
+    """Seconds that it takes here and now."""
+    values = runpy.run_path(config)["get_config"]().to_dict()
+    chosen = settings.from_config(
+        values | {"batch_size": batch, "accumulate": 1, "attention": attention}
+    )
+    devices = mesh.make(chosen.mesh.axes)
+    teacher, _ = arguments.teacher(chosen)
+    built = program.build(chosen, program.parts(chosen, teacher), devices)
+    frozen = arguments.frozen(chosen, teacher, devices)
+    inputs = frozen, arguments.batch(chosen, teacher, devices), arguments.key(devices)
+    started = time.perf_counter()
+    lowered = built.lower(built.like, *inputs)
+    lowered_at = time.perf_counter()
+    lowered.compile()
+    done = time.perf_counter()
+    return {"lower_s": lowered_at - started, "compile_s": done - lowered_at}
+
+
+def in_a_process(arguments: list[str], caches: str) -> dict[str, float]:
+    """The same in one of its own."""
+    environment = {
+        **os.environ, "SLAM_JAX_CACHE": caches, "JAX_COMPILATION_CACHE_DIR": f"{caches}/jax",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", __file__, *arguments, "--once"]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/sd15.py")
+    parser.add_argument("--batch", type=timing.positive, default=16, help="images")
+    parser.add_argument("--attention", default="xla", help="flash on TPUs, cudnn on GPUs")
+    parser.add_argument("--once", action="store_true", help="here, with whatever is cached")
+    options = parser.parse_args()
+    if options.once:
+        print(json.dumps(compile_step(options.config, options.batch, options.attention)))
+        return
+    with tempfile.TemporaryDirectory() as caches:
+        cold, warm = (in_a_process(sys.argv[1:], caches) for _ in range(2))
+    found = {"program": "compile", "config": options.config, "batch": options.batch}
+    found |= {"attention": options.attention, **timing.surroundings()}
+    for name, seconds in (("cold", cold), ("warm", warm)):
+        found |= {f"{name}_{part}": round(each, 2) for part, each in seconds.items()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
