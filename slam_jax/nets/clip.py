@@ -67,16 +67,16 @@ class CLIPAttention(nn.Module):
     def __call__(self, x: shapes.Text, mask: Bool[Array, "1 1 L L"] | None) -> shapes.Text:
         batch, length, width = x.shape
         split = (batch, length, self.num_heads, width // self.num_heads)
-        query = nn.Dense(width, dtype=self.dtype, name="q_proj")(x).reshape(split)
-        key = nn.Dense(width, dtype=self.dtype, name="k_proj")(x).reshape(split)
-        value = nn.Dense(width, dtype=self.dtype, name="v_proj")(x).reshape(split)
+        query = layers.Dense(width, dtype=self.dtype, name="q_proj")(x).reshape(split)
+        key = layers.Dense(width, dtype=self.dtype, name="k_proj")(x).reshape(split)
+        value = layers.Dense(width, dtype=self.dtype, name="v_proj")(x).reshape(split)
         logits = jnp.einsum("bqhd,bkhd->bhqk", query * split[-1] ** -0.5, key)
         logits = logits.astype(jnp.float32)
         if mask is not None:
             logits = jnp.where(mask, logits, -jnp.inf)
         weights = nn.softmax(logits, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
-        return nn.Dense(width, dtype=self.dtype, name="out_proj")(mixed)
+        return layers.Dense(width, dtype=self.dtype, name="out_proj")(mixed)
 
 
 class CLIPMLP(nn.Module):
@@ -88,8 +88,8 @@ class CLIPMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: shapes.Text) -> shapes.Text:
-        h = self.activation(nn.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x))
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
+        h = self.activation(layers.Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x))
+        return layers.Dense(x.shape[-1], dtype=self.dtype, name="fc2")(h)
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -177,7 +177,7 @@ class CLIPTextModel(nn.Module):
         is_end = input_ids if self.eos_token_id == 2 else input_ids == self.eos_token_id
         end = jnp.argmax(is_end, axis=-1)[:, None, None]
         state = jnp.take_along_axis(last, end, axis=1)[:, 0]
-        projection = nn.Dense(
+        projection = layers.Dense(
             self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection"
         )
         return projection(state)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real
 
+from slam_jax.nets import layers
 from slam_jax.shapes import SDXLText
 
 
@@ -57,10 +58,10 @@ class TimestepEmbedding(nn.Module):
             if condition is None:
                 condition = jnp.zeros((x.shape[0], self.time_cond_proj_dim), jnp.float32)
             assert condition.shape[-1] == self.time_cond_proj_dim, condition.shape
-            cond_proj = nn.Dense(self.sinusoid_dim, use_bias=False, name="cond_proj")
+            cond_proj = layers.Dense(self.sinusoid_dim, use_bias=False, name="cond_proj")
             x = x + cond_proj(condition.astype(jnp.float32))
-        x = nn.silu(nn.Dense(self.embedding_dim, name="linear_1")(x))
-        return nn.Dense(self.embedding_dim, name="linear_2")(x)
+        x = nn.silu(layers.Dense(self.embedding_dim, name="linear_1")(x))
+        return layers.Dense(self.embedding_dim, name="linear_2")(x)
 
 
 class TextTimeEmbedding(nn.Module):
@@ -80,5 +81,5 @@ class TextTimeEmbedding(nn.Module):
         sizes = sinusoid(numbers, self.sinusoid_dim, self.flip_sin_to_cos, self.freq_shift)
         sizes = sizes.reshape(text.time_ids.shape[0], -1)
         x = jnp.concatenate([text.pooled.astype(jnp.float32), sizes], axis=-1)
-        x = nn.silu(nn.Dense(self.embedding_dim, name="linear_1")(x))
-        return nn.Dense(self.embedding_dim, name="linear_2")(x)
+        x = nn.silu(layers.Dense(self.embedding_dim, name="linear_1")(x))
+        return layers.Dense(self.embedding_dim, name="linear_2")(x)

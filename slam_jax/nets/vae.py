@@ -39,11 +39,11 @@ class Attention(nn.Module):
         batch, height, width, channels = x.shape
         h = layers.group_norm(self.num_groups, _EPSILON, self.dtype, "group_norm")(x)
         h = h.reshape(batch, height * width, channels)
-        query = nn.Dense(channels, dtype=self.dtype, name="to_q")(h)
-        key = nn.Dense(channels, dtype=self.dtype, name="to_k")(h)
-        value = nn.Dense(channels, dtype=self.dtype, name="to_v")(h)
+        query = layers.Dense(channels, dtype=self.dtype, name="to_q")(h)
+        key = layers.Dense(channels, dtype=self.dtype, name="to_k")(h)
+        value = layers.Dense(channels, dtype=self.dtype, name="to_v")(h)
         h = kernels.attend(*(each[:, :, None] for each in (query, key, value)))[:, :, 0]
-        h = nn.Dense(channels, dtype=self.dtype, name="to_out.0")(h)
+        h = layers.Dense(channels, dtype=self.dtype, name="to_out.0")(h)
         return x + h.reshape(batch, height, width, channels)
 
 
@@ -167,9 +167,9 @@ class AutoencoderKL(nn.Module):
         self.encoder = Encoder(latent_channels=self.latent_channels, **shared)
         self.decoder = Decoder(out_channels=self.out_channels, **shared)
         if self.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+            self.quant_conv = layers.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
         if self.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+            self.post_quant_conv = layers.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
     def encode(self, images: Image) -> Posterior:
         """images [B, H, W, 3] in [-1, 1] -> posterior of the unscaled latents, float32.
