@@ -1,5 +1,6 @@
 """The train step that is measured: SPLAM as released, its inputs, and what it draws."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,13 @@ def method(size: models.Size, solver_steps: int) -> loss.Method:
     )  # fmt: skip
 
 
-def train_step(nets: step.Nets, chosen: loss.Method) -> Any:
+def train_step(
+    nets: step.Nets, chosen: loss.Method, over_devices: Callable[[Callable], Callable] | None = None
+) -> Any:
     """(state, frozen, batch, key) -> (state, metrics)."""
     return partial(
         step.train_step, nets=nets, method=chosen, optimizer=_ADAMW, ema_rate=EMA_RATE,
-        num_steps=_NUM_STEPS, max_grad_norm=1e3,
+        num_steps=_NUM_STEPS, max_grad_norm=1e3, over_devices=over_devices,
     )  # fmt: skip
 
 

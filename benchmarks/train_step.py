@@ -15,7 +15,7 @@ from benchmarks import models, recipe, timing
 from slam_jax import pipeline
 from slam_jax.distill import loss, step
 from slam_jax.nets import unet
-from slam_jax.runtime import mesh
+from slam_jax.runtime import apart, mesh
 
 # Steps before the clock runs. All implementations draw the same in them, and print their losses.
 _UNTIMED = 2
@@ -28,7 +28,10 @@ def _jax(
     devices = mesh.make((("data", num_devices),), jax.devices()[:num_devices])
     everywhere, spread = mesh.replicated(devices), mesh.batch_sharding(devices)
     placed = jax.device_put(inputs, (everywhere, everywhere, spread, everywhere))
-    runner = timing.of_jax(recipe.train_step(nets, chosen), placed)
+    # As slam_jax.program does.
+    alone = num_devices == 1 or jax.default_backend() != "cpu"
+    over_devices = None if alone else apart.mean_over_devices(devices)
+    runner = timing.of_jax(recipe.train_step(nets, chosen, over_devices), placed)
     losses = [float(jax.device_get(runner.call()["loss"])) for _ in range(_UNTIMED)]
     return runner._replace(figures=runner.figures | {"first_losses": losses})
 

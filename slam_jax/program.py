@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from slam_jax import experiment, pipeline
 from slam_jax.distill import loss, optimizer, state, step
 from slam_jax.errors import UserError
-from slam_jax.runtime import executables, mesh
+from slam_jax.runtime import apart, executables, mesh
 from slam_jax.settings import Settings
 from slam_jax.weights import pretrained
 
@@ -47,7 +47,7 @@ def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
     mu_dtype = pipeline.dtype(settings.optimizer.mu_dtype)
     return Parts(
         student=student,
-        nets=experiment.nets(settings, teacher, student.config, mesh.on_own_examples),
+        nets=experiment.nets(settings, teacher, student.config, apart.on_own_examples),
         method=experiment.method(settings.distill, teacher.scheduler),
         optimizer=optimizer.adamw(**settings.optimizer._asdict() | {"mu_dtype": mu_dtype}),
         configs=(student.config, pretrained.without_params(teacher)),
@@ -67,6 +67,7 @@ def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
         step.train_step, nets=nets, method=parts.method, optimizer=parts.optimizer,
         ema_rate=settings.ema_rate, num_steps=settings.num_steps,
         max_grad_norm=settings.faults.max_grad_norm,
+        over_devices=_over_devices(devices, settings.mesh.rules),
     )  # fmt: skip
     options = {"donate_argnums": 0, "out_shardings": (layout, replicated)}
     lower = partial(executables.lower, function, "train_step", _decisive(settings, parts))
@@ -101,13 +102,27 @@ def _check_attention(kernel: str, devices: Mesh) -> None:
         )
 
 
+def _over_devices(devices: Mesh, rules: mesh.Rules) -> Callable[[Callable], Callable] | None:
+    """How CPUs with copies of everything take the mean of their gradients; None for XLA's way.
+
+    Accelerators sum many arrays at once, and one array of all gradients would take memory there.
+    """
+    copied = not any(axes for _, axes in rules)
+    on_cpus = devices.devices.flat[0].platform == "cpu"
+    if on_cpus and copied and mesh.num_batch_shards(devices) == devices.size > 1:
+        return apart.mean_over_devices(devices)
+    return None
+
+
 def _spread(nets: step.Nets, devices: Mesh, rules: mesh.Rules) -> step.Nets:
     """The networks, each device computing whole layers on its own examples."""
 
     def on_examples(net: Callable, name: str) -> Callable:
         def call(params, *inputs):
+            if apart.is_here():
+                return net(params, *inputs)
             whole = mesh.fetched(params, name, devices, rules)
-            with mesh.scope(devices):
+            with apart.scope(devices):
                 return net(whole, *(mesh.spread(each, devices) for each in inputs))
 
         return call

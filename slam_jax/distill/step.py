@@ -47,20 +47,23 @@ def train_step(
     state: TrainState, frozen: Frozen, batch: Batch, key: PRNGKey, *,
     nets: Nets, method: Method, optimizer: optax.GradientTransformation, ema_rate: float,
     num_steps: int, max_grad_norm: float,
+    over_devices: Callable[[Callable], Callable] | None = None,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One update from the mean gradient of all microbatches; `key` is the run's, not the step's.
 
     A gradient above max_grad_norm, or anything that is not finite, changes nothing but the step.
+    over_devices: apart.mean_over_devices, where that is faster than what XLA makes of the mean.
     """
+    learn = partial(gradient, nets=nets, method=method)
+    if over_devices is not None:
+        learn = over_devices(learn)
     step_key = jax.random.fold_in(key, state.step)
     progress = state.step / num_steps
 
     def of_microbatch(number: int | Array, microbatch: Batch) -> tuple[Array, Params]:
         key = jax.random.fold_in(step_key, number)
         lesson = prepare(frozen, microbatch, key, progress, nets=nets, method=method)
-        return gradient(
-            state.student, state.target, frozen.teacher, lesson, nets=nets, method=method
-        )
+        return learn(lesson, state.student, state.target, frozen.teacher)
 
     mean_loss, grads = _mean(of_microbatch, batch, state.student)
     return update(
@@ -83,7 +86,7 @@ def prepare(
 
 
 def gradient(
-    student: Params, target: Params, teacher: Params, lesson: Lesson, *, nets: Nets, method: Method
+    lesson: Lesson, student: Params, target: Params, teacher: Params, *, nets: Nets, method: Method
 ) -> tuple[Float[Array, ""], Params]:
     """The mean loss of a microbatch, and what it says of the student's parameters."""
 

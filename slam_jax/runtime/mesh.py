@@ -10,7 +10,6 @@ Examples are spread over the axes data and fsdp alike: with fsdp, devices hold d
 the state and fetch the rest when it is needed, layer by layer.
 """
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -145,27 +144,6 @@ def _without_batch(spec: PartitionSpec) -> PartitionSpec:
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Within a traced program: arrays [B, ...] with their examples spread over the devices."""
     return jax.lax.with_sharding_constraint(tree, rows_sharding(mesh))
-
-
-def scope(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Within a traced program: where `on_own_examples` finds the mesh."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
-def on_own_examples(function: Callable) -> Callable:
-    """function of arrays [B, ...] to one such, called by every device of the scope on its own part.
-
-    For what XLA cannot cut by itself. The examples must be spread over all axes of the mesh.
-    """
-
-    def call(*arrays: jax.Array) -> jax.Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return function(*arrays)
-        rows = PartitionSpec(mesh.axis_names)
-        return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
-
-    return call
 
 
 def placer(mesh: Mesh, rules: Rules) -> Callable[[tuple[str, ...], np.ndarray], jax.Array]:

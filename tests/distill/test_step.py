@@ -12,7 +12,7 @@ import pytest
 from slam_jax.diffusion import parameterization, schedule, solver, subpath
 from slam_jax.distill import gamma, loss, optimizer, state, step
 from slam_jax.nets import lora
-from slam_jax.runtime import mesh
+from slam_jax.runtime import apart, mesh
 
 SCHEDULE = schedule.from_config(
     dict(
@@ -92,7 +92,7 @@ def _lora_start():
     return state.init(trained, ADAMW).replace(step=jnp.int32(3), target=target)
 
 
-def _step(num_devices, nets=NETS):
+def _step(num_devices, nets=NETS, over_devices=None):
     """The step as the driver compiles it: (state, frozen, host batch, key) -> (state, metrics)."""
     devices = jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
     everywhere = mesh.replicated(devices)
@@ -105,6 +105,7 @@ def _step(num_devices, nets=NETS):
             ema_rate=0.9,
             num_steps=10,
             max_grad_norm=MAX_GRAD_NORM,
+            over_devices=over_devices and over_devices(devices),
         ),
         out_shardings=everywhere,
     )
@@ -180,10 +181,11 @@ def test_update_is_that_of_the_mean_gradient(with_lora, one_device, one_lora_dev
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
 
 
-def test_one_device_equals_four(one_device):
+@pytest.mark.parametrize("over_devices", [None, apart.mean_over_devices])
+def test_one_device_equals_four(over_devices, one_device):
     start, frozen, batch, key = _inputs()
     ours, our_metrics = one_device(start, frozen, batch, key)
-    four, four_metrics = _step(4)(start, frozen, batch, key)
+    four, four_metrics = _step(4, over_devices=over_devices)(start, frozen, batch, key)
     _assert_close(four_metrics, our_metrics, 1e-4)
     _assert_close(four.target, ours.target, 1e-5)
 

@@ -107,22 +107,3 @@ def test_every_microbatch_is_spread_over_all_devices():
     np.testing.assert_array_equal(put, [images[::2], images[1::2]])
     assert {shard.data.shape for shard in put.addressable_shards} == {(2, 1, 3)}
     assert len({shard.device for shard in put.addressable_shards}) == jax.device_count() == 4
-
-
-def test_on_own_examples_nothing_is_fetched():
-    """What XLA cannot cut: here each device's own mean, which is seen where it is called."""
-    devices = mesh.make((("data", 2), ("fsdp", 2)))
-    rows = mesh.rows_sharding(devices)
-    x = np.arange(8.0, dtype=np.float32).reshape(8, 1)
-    function = mesh.on_own_examples(lambda x, y: x + y.mean())
-
-    def call(x, y):
-        with mesh.scope(devices):
-            return function(x, y)
-
-    program = jax.jit(call).lower(*jax.device_put((x, x), rows)).compile()
-    found = program(*jax.device_put((x, x), rows))
-    assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
-    assert found.sharding.is_equivalent_to(rows, 2)
-    np.testing.assert_array_equal(found, x + x.reshape(4, 2).mean(axis=1).repeat(2)[:, None])
-    np.testing.assert_array_equal(jax.jit(function)(x, x), x + x.mean())  # without a mesh

@@ -1,0 +1,59 @@
+"""What each of four fake devices computes on its own examples."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from slam_jax.runtime import apart, mesh
+
+
+def test_on_own_examples_nothing_is_fetched():
+    """What XLA cannot cut: here each device's own mean, which is seen where it is called."""
+    devices = mesh.make((("data", 2), ("fsdp", 2)))
+    rows = mesh.rows_sharding(devices)
+    x = np.arange(8.0, dtype=np.float32).reshape(8, 1)
+    function = apart.on_own_examples(lambda x, y: x + y.mean())
+
+    def call(x, y):
+        with apart.scope(devices):
+            return function(x, y)
+
+    program = jax.jit(call).lower(*jax.device_put((x, x), rows)).compile()
+    found = program(*jax.device_put((x, x), rows))
+    assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
+    assert found.sharding.is_equivalent_to(rows, 2)
+    np.testing.assert_array_equal(found, x + x.reshape(4, 2).mean(axis=1).repeat(2)[:, None])
+    np.testing.assert_array_equal(jax.jit(function)(x, x), x + x.mean())  # without a mesh
+
+
+def test_means_are_summed_as_one_array():
+    devices = mesh.make((("data", 2), ("fsdp", 2)))
+    rng = np.random.default_rng(0)
+    examples = {"x": rng.normal(size=(8, 3)).astype(np.float32)}
+    weights = {"a": rng.normal(size=(3, 5)).astype(np.float32), "b": np.ones(5, np.float32)}
+    seen = []
+
+    def gradient(examples, weights):
+        seen.append((apart.is_here(), examples["x"].shape))
+
+        def loss(weights):
+            return jnp.mean((examples["x"] @ weights["a"] + weights["b"][None]) ** 2)
+
+        return jax.value_and_grad(loss)(weights)
+
+    rows = jax.sharding.NamedSharding(devices, P(("data", "fsdp")))
+    inputs = jax.device_put(examples, rows), jax.device_put(weights, mesh.replicated(devices))
+    program = jax.jit(apart.mean_over_devices(devices)(gradient)).lower(*inputs).compile()
+    (sums,) = re.findall(r"= (\S+) all-reduce\(", program.as_text())
+    assert sums.startswith("f32[21]")  # the loss, 3 x 5 and 5 numbers
+    assert seen == [(True, (2, 3))]
+    loss, gradients = program(*inputs)
+    # By hand: d/dw of mean over N x 5 squares.
+    residual = examples["x"].astype(np.float64) @ weights["a"] + weights["b"]
+    np.testing.assert_allclose(loss, np.mean(residual**2), rtol=1e-6)
+    np.testing.assert_allclose(gradients["a"], 2 * examples["x"].T @ residual / 40, rtol=1e-5)
+    np.testing.assert_allclose(gradients["b"], 2 * residual.sum(0) / 40, rtol=1e-5)
+    assert not apart.is_here()
