@@ -686,6 +686,15 @@ def test_ruff_finds_nothing():
         assert done.returncode == 0, f"{done.stdout}{done.stderr}: ruff check --fix; ruff format"
 
 
+def test_codespell_finds_nothing():
+    tracked = ["git", "ls-files", "-z"]
+    listed = subprocess.run(tracked, capture_output=True, text=True, cwd=ROOT, check=True)
+    names = [name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    codespell = [sys.executable, "-m", "codespell_lib", *names]
+    done = subprocess.run(codespell, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+
+
 # The checkers themselves, each on lines that break its rule and on the same lines mended.
 
 
