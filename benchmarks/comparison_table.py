@@ -5,7 +5,7 @@
 
 Means over seeds with their standard errors; then each arm's difference from LCM on the same walk
 (with the released loss, and with its own), seed by seed, so that what the seeds have in common
-drops out.
+drops out. Of a student that was trained twice the later file's counts.
 """
 
 import argparse

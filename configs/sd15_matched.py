@@ -6,7 +6,8 @@ the gamma layer, which is told nothing then, starts from zero, and Huber's c is 
 costs the same. On assets/tiny_sd this was better than LCM as released at 2, 4 and 8 steps, and
 than LCM with this c at 4 and 8; with sub-paths of 100 in five solver steps (length = 100, five
 times the teacher's calls) and half of the examples at gamma = 1, c as released, it was better at 2,
-4 and 8 (README, "LCM or SPLAM?").
+4 and 8. With less guidance it was not: at w = 2 and 4 LCM with c = 0.1 (configs/lcm_sd15.py) is
+what we would try first (README, "LCM or SPLAM?").
 No run of this config on Stable Diffusion has been measured yet.
 
     python -m slam_jax.main --config configs/sd15_matched.py --workdir runs/sd15_matched \
