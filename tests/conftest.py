@@ -38,6 +38,17 @@ COMPILED = tempfile.TemporaryDirectory(prefix="compiled")
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+# Of the files those that take longest come first, or one process would end with them alone.
+LONGEST = (
+    "test_main_on_hosts", "test_train", "test_main", "test_benchmarks", "test_configs",
+    "test_hosts", "test_gs_run", "test_layouts", "test_unet", "test_bad_input", "test_dry_run",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def cloud():

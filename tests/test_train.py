@@ -95,8 +95,9 @@ def pictures(tmp_path):
 
 
 def test_bad_pictures_are_replaced_listed_and_at_last_too_many(
-    tiny_folder, pictures, tmp_path, compiled_in_haste
+    tiny_folder, pictures, tmp_path, compiled_in_haste, monkeypatch
 ):
+    monkeypatch.setenv("SLAM_JAX_CACHE", str(tmp_path / "kept"))  # the step is traced once
     changes = {
         "num_steps": 30, "batch_size": 4, "data.source": str(pictures), "data.crop": ("random",),
         "data.filters": ("short_side >= 32",), "data.max_bad_fraction": 0.005,

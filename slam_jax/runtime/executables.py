@@ -41,9 +41,7 @@ def load(build: Callable[..., Callable], given: tuple, *arguments: Any) -> jax.s
     """
     key = _key(f"{build.__module__}.{build.__qualname__}", given, arguments)
     lowered, is_kept = _lowered(key, lambda: build(*given), arguments, {})
-    if is_kept and kept.folder() is not None:
-        return _compiled(key, lowered)
-    return lowered.compile()
+    return _compiled(key, lowered) if is_kept else lowered.compile()
 
 
 def lower(
@@ -61,10 +59,12 @@ def lower(
 def _lowered(
     key: str, make: Callable[[], Callable], arguments: tuple, options: dict[str, Any]
 ) -> tuple[jax.stages.Lowered, bool]:
-    """And whether it can be kept."""
+    """And whether it is kept."""
     content = kept.read("programs", key)
     if content is None:
         jitted = jax.jit(make(), **options)
+        if kept.folder() is None and jax.process_count() == 1:
+            return jitted.lower(*arguments), False
         try:
             content = bytes(export.export(jitted)(*arguments).serialize())
         except UserError:
