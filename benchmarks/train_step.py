@@ -28,10 +28,8 @@ def _jax(
     devices = mesh.make((("data", num_devices),), jax.devices()[:num_devices])
     everywhere, spread = mesh.replicated(devices), mesh.batch_sharding(devices)
     placed = jax.device_put(inputs, (everywhere, everywhere, spread, everywhere))
-    # As slam_jax.program does.
-    alone = num_devices == 1 or jax.default_backend() != "cpu"
-    over_devices = None if alone else apart.mean_over_devices(devices)
-    runner = timing.of_jax(recipe.train_step(nets, chosen, over_devices), placed)
+    program = recipe.train_step(nets, chosen, apart.over_devices(devices, rules=()))
+    runner = timing.of_jax(program, placed)
     losses = [float(jax.device_get(runner.call()["loss"])) for _ in range(_UNTIMED)]
     return runner._replace(figures=runner.figures | {"first_losses": losses})
 

@@ -67,7 +67,7 @@ def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
         step.train_step, nets=nets, method=parts.method, optimizer=parts.optimizer,
         ema_rate=settings.ema_rate, num_steps=settings.num_steps,
         max_grad_norm=settings.faults.max_grad_norm,
-        over_devices=_over_devices(devices, settings.mesh.rules),
+        over_devices=apart.over_devices(devices, settings.mesh.rules),
     )  # fmt: skip
     options = {"donate_argnums": 0, "out_shardings": (layout, replicated)}
     lower = partial(executables.lower, function, "train_step", _decisive(settings, parts))
@@ -100,18 +100,6 @@ def _check_attention(kernel: str, devices: Mesh) -> None:
             f"attention=flash needs the examples on all {devices.size} devices, and mesh.axes "
             f"spread them over {shards}; use the axes data and fsdp alone"
         )
-
-
-def _over_devices(devices: Mesh, rules: mesh.Rules) -> Callable[[Callable], Callable] | None:
-    """How CPUs with copies of everything take the mean of their gradients; None for XLA's way.
-
-    Accelerators sum many arrays at once, and one array of all gradients would take memory there.
-    """
-    copied = not any(axes for _, axes in rules)
-    on_cpus = devices.devices.flat[0].platform == "cpu"
-    if on_cpus and copied and mesh.num_batch_shards(devices) == devices.size > 1:
-        return apart.mean_over_devices(devices)
-    return None
 
 
 def _spread(nets: step.Nets, devices: Mesh, rules: mesh.Rules) -> step.Nets:

@@ -68,8 +68,10 @@ def test_a_train_step_can_be_built_on_small_networks(name):
     ]
     assert len(alike) == 1
     small = {"teacher.model": str(ROOT / "assets/tiny_sd"), "data.size": 32}
-    _, _, *found = built(name, **small)
+    _, teacher, *found = built(name, **small)
     check(*found)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(found[1].student))
+    assert trained == sum(leaf.size for leaf in jax.tree.leaves(teacher.unet.params)) + 256 * 48
 
 
 def networks(config):

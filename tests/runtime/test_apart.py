@@ -57,3 +57,13 @@ def test_means_are_summed_as_one_array():
     np.testing.assert_allclose(gradients["a"], 2 * examples["x"].T @ residual / 40, rtol=1e-5)
     np.testing.assert_allclose(gradients["b"], 2 * residual.sum(0) / 40, rtol=1e-5)
     assert not apart.is_here()
+
+
+def test_cpus_with_copies_of_everything_alone_sum_so():
+    copies, cut = ((".*", ()),), ((".*", "fsdp"),)
+    four, one = mesh.make((("data", -1),)), mesh.make((("data", 1),), jax.devices()[:1])
+    assert apart.over_devices(four, copies) is not None
+    assert apart.over_devices(one, copies) is None
+    assert apart.over_devices(mesh.make((("fsdp", 4),)), cut) is None
+    # The second axis has the same examples as the first.
+    assert apart.over_devices(mesh.make((("data", 2), ("model", 2))), copies) is None
