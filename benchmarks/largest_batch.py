@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import timing
 from slam_jax import dry_run, settings
 from slam_jax.nets import kernels
-from slam_jax.runtime import aot
+from slam_jax.runtime import aot, topologies
 
 GIGABYTES = (24, 40, 80, 141)
 # Of memory, as benchmarks/gpu.sh lets XLA have; the rest is the driver's and the program's.
@@ -37,7 +37,7 @@ def memory(chosen: settings.Settings, images: int, topology: str) -> float:
         print(f"planning {images} images at a time", file=sys.stderr, flush=True)
 
     again = partial(dry_run.lower, chosen, topology)
-    found = aot.planned(again(), again, aot.devices(topology), announce)
+    found = aot.planned(again(), again, topologies.devices(topology), announce)
     return found.memory
 
 

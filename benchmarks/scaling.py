@@ -23,7 +23,7 @@ import jax
 from benchmarks import timing
 from slam_jax import arguments, program, settings
 from slam_jax.nets import kernels
-from slam_jax.runtime import aot, mesh
+from slam_jax.runtime import aot, mesh, topologies
 from slam_jax.settings import Mesh, Settings
 from slam_jax.weights import pretrained, templates
 
@@ -66,7 +66,7 @@ def lower(chosen: Settings, channels: list[int] | None, places: list) -> jax.sta
 
 def lower_ahead(chosen: Settings, channels: list[int] | None, topology: str) -> jax.stages.Lowered:
     """The same in another process."""
-    return lower(chosen, channels, aot.devices(topology))
+    return lower(chosen, channels, topologies.devices(topology))
 
 
 def measure(
@@ -74,7 +74,7 @@ def measure(
 ) -> Row:
     """Plans or compiles the step for a slice of TPUs, or so many of the devices here; counts."""
     chosen = chosen._replace(mesh=LAYOUTS[layout])
-    places = aot.devices(topology) if topology else jax.devices()[:number]
+    places = topologies.devices(topology) if topology else jax.devices()[:number]
     lowered = lower(chosen, channels, places)
 
     def announce() -> None:

@@ -1,4 +1,4 @@
-"""Says what training would take, without data, weights or, for TPUs, the devices."""
+"""Says what training would take, without data, weights or, if named, the devices."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from slam_jax import arguments, flops, forecast, pipeline, program
 from slam_jax.distill import state
-from slam_jax.runtime import aot, chips, mesh
+from slam_jax.runtime import aot, chips, mesh, topologies
 from slam_jax.settings import Settings, as_dict
 from slam_jax.weights import pretrained
 
@@ -38,7 +38,7 @@ class _Traced(NamedTuple):
 def dry_run(settings: Settings, topology: str | None) -> None:
     """Prints tables for a reader, then the same as one line of JSON.
 
-    topology: a slice of TPUs such as "v5e:16x16", which need not be here; None for the devices that
+    topology: devices that need not be here, such as "v5e:16x16" or "h200:8"; None for those that
     are present. UserError as for training, and where that cannot be compiled for.
     """
     mesh.check_rules(**settings.mesh._asdict())
@@ -56,7 +56,10 @@ def dry_run(settings: Settings, topology: str | None) -> None:
 
 def _trace(settings: Settings, topology: str | None, said: bool = False) -> _Traced:
     """said: prints what it is of as soon as that is known."""
-    places = jax.devices() if topology is None else aot.devices(topology)
+    if topology is None:
+        places = jax.devices()
+    else:
+        places = topologies.devices(topology, settings.attention)
     devices = mesh.make(settings.mesh.axes, places)
     mesh.check_batch(settings.batch_size, mesh.num_batch_shards(devices), settings.accumulate)
     teacher, found_in = arguments.teacher(settings)
@@ -92,7 +95,7 @@ def _heading(
     size = devices.size
     name = "image" if "image" in batch else "moments"
     accumulate, rows, *shape = batch[name].shape
-    where = f"the slice {topology}, compiled ahead of time" if topology else "those present"
+    where = f"{topology}, compiled ahead of time" if topology else "those present"
     axes = " x ".join(f"{axis} {length}" for axis, length in devices.shape.items())
     return "\n".join([
         "dry run: shapes only, no data, no weights",

@@ -27,6 +27,11 @@ def count(jaxpr: core.Jaxpr, *, unrolled: bool = True) -> int:
             case "pallas_call":
                 places = math.prod(equation.params["grid_mapping"].grid)
                 total += places * sum(inner) if unrolled else 0
+            case "dot_product_attention_fwd_wrapper":
+                total += 2 * _product_of_attention(equation) if unrolled else 0
+            case "dot_product_attention_bwd_wrapper":
+                # Queries with keys once more, and a gradient for each factor of both products.
+                total += 5 * _product_of_attention(equation) if unrolled else 0
             case "scan":
                 total += (equation.params["length"] if unrolled else 1) * sum(inner)
             case "cond":
@@ -43,6 +48,13 @@ def _dot(equation: core.JaxprEqn) -> int:
     shape = equation.invars[0].aval.shape
     depth = math.prod(shape[axis] for axis in contracted)
     return 2 * math.prod(equation.outvars[0].aval.shape) * depth
+
+
+def _product_of_attention(equation: core.JaxprEqn) -> int:
+    """Of every query with every key, in cuDNN's kernel."""
+    query, key = (variable.aval.shape for variable in equation.invars[:2])
+    batch, queries, heads, depth = query
+    return 2 * batch * heads * queries * key[1] * depth
 
 
 def _convolution(equation: core.JaxprEqn) -> int:

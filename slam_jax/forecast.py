@@ -2,7 +2,7 @@
 
 The roofline (Williams et al. 2009): a step takes no less than its arithmetic at the chip's peak,
 than its memory traffic, and than what its devices send each other, each at full bandwidth and
-all at the same time.
+all at the same time. Closer to what can be: every operation by itself, one after the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,6 +55,21 @@ def roofline(counts: Counts, compiled: aot.Compiled, chip: chips.Chip) -> Roofli
         compute=counts.flops / counts.num_devices / peak,
         memory=traffic(counts, compiled) / chip.memory_bandwidth,
         interconnect=sent / chip.link,
+    )
+
+
+def one_by_one(counts: Counts, compiled: aot.Compiled, chip: chips.Chip) -> float:
+    """Seconds of a step whose operations each wait for the one before, as a chip's mostly do.
+
+    Each takes its arithmetic at the chip's peak or its memory traffic at full bandwidth, whichever
+    takes longer. Kernels of which XLA does not know what they compute add what is missing.
+    """
+    peak = chip.flops_float32 if counts.in_float32 else chip.flops
+    known = sum(each.times * each.flops for each in compiled.work)
+    unknown = max(0, counts.flops / counts.num_devices - known)
+    return unknown / peak + sum(
+        each.times * max(each.flops / peak, each.traffic / chip.memory_bandwidth)
+        for each in compiled.work
     )
 
 
@@ -149,6 +164,7 @@ def _time(counts: Counts, compiled: aot.Compiled, chip: chips.Chip | None) -> li
         ["interconnect", _seconds(limits.interconnect)],
         ["step", f"{_seconds(limits.step)}, bound by {limits.bound}"],
         ["images per second", f"{counts.batch_size / limits.step:.1f}"],
+        *_one_by_one(counts, compiled, chip),
         [f"{counts.num_steps} steps", f"{hours:.2f} h, {hours * counts.num_devices:.1f} device-h"],
     ]
     return [
@@ -159,6 +175,16 @@ def _time(counts: Counts, compiled: aot.Compiled, chip: chips.Chip | None) -> li
     ]
 
 
+def _one_by_one(counts: Counts, compiled: aot.Compiled, chip: chips.Chip) -> list[list[str]]:
+    if not compiled.work:
+        return []
+    seconds = one_by_one(counts, compiled, chip)
+    return [[
+        f"{compiled.operations} operations, one by one",
+        f"{_seconds(seconds)}, {counts.batch_size / seconds:.1f} images per second",
+    ]]  # fmt: skip
+
+
 def as_json(counts: Counts, compiled: aot.Compiled, chip: chips.Chip | None) -> dict:
     """The same numbers, unrounded."""
     line = {
@@ -166,7 +192,7 @@ def as_json(counts: Counts, compiled: aot.Compiled, chip: chips.Chip | None) -> 
             name: {"all": whole, "per_device": own}
             for name, (whole, own) in counts.bytes_of.items()
         },
-        **{f"xla_{name}": value for name, value in compiled._asdict().items()},
+        **{f"xla_{name}": value for name, value in compiled._asdict().items() if name != "work"},
         "xla_collectives": [
             {**each._asdict(), "sent": each.sent} for each in compiled.collectives
         ],
@@ -180,6 +206,7 @@ def as_json(counts: Counts, compiled: aot.Compiled, chip: chips.Chip | None) -> 
             line |= {
                 "predicted_s": limits._asdict(), "predicted_step_s": limits.step,
                 "predicted_bound": limits.bound, "predicted_hours": hours,
+                "predicted_one_by_one_s": one_by_one(counts, compiled, chip),
                 "predicted_device_hours": hours * counts.num_devices,
             }  # fmt: skip
     return line

@@ -3,7 +3,8 @@
     python -m slam_jax.main --config configs/tiny.py --workdir runs/tiny
 
 Any value of the config can be overridden: --config.distill.w=7
-What a run would take, without starting it: --dry_run, for TPUs --dry_run --topology v5e:16x16
+What a run would take, without starting it: --dry_run; on devices that are not here: --dry_run
+--topology v5e:16x16 (TPUs), --topology rtx4090, --topology h200:8 (GPUs)
 """
 
 from absl import flags
@@ -19,7 +20,10 @@ _WORKDIR = flags.DEFINE_string(
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only say what the run would take.")
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "With --dry_run: a slice of TPUs, present or not, such as v5e:16x16."
+    "topology",
+    None,
+    "With --dry_run: devices that need not be here: a slice of TPUs such as "
+    "v5e:16x16, or GPUs: h200, rtx4090:2, h100:4x8 (four hosts of eight).",
 )
 _HOSTS = command.hosts_flags()
 

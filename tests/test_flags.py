@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Variable -> what reads it.
 READERS = {
     "XLA_FLAGS": "import jax; jax.devices()",
-    "LIBTPU_INIT_ARGS": "from slam_jax.runtime import aot; aot.devices('v5e:2x2')",
+    "LIBTPU_INIT_ARGS": "from slam_jax.runtime import topologies; topologies.devices('v5e:2x2')",
 }
 INSTALLED = [
     name for name in READERS if name != "LIBTPU_INIT_ARGS" or importlib.util.find_spec("libtpu")

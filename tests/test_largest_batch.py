@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import largest_batch
-from slam_jax.runtime import aot
+from slam_jax.runtime import topologies
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(monkeypatch, capsys):
 
 
 def test_without_libtpu_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(aot, "_version", lambda package: "")
+    monkeypatch.setattr(topologies, "_version", lambda package: "")
     arguments = ["--config", str(ROOT / "configs/sd15.py")]
     monkeypatch.setattr(sys, "argv", ["largest_batch.py", *arguments])
     with pytest.raises(SystemExit, match="2"):

@@ -1,7 +1,6 @@
-"""Programs compiled without being run, and planned for TPUs that are not there."""
+"""Programs compiled without being run, and planned for devices that are not there."""
 
 import hashlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -15,19 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
 
 from slam_jax.errors import UserError
-from slam_jax.runtime import collectives, folder, hlo
+from slam_jax.runtime import collectives, folder, hlo, topologies
 
 # Of what is kept; another number makes everything be compiled anew.
-_FORMAT = 3
-# Without the first three libtpu asks Google's metadata server, which is not there, what machine
-# this is; without the last only one process at a time may compile.
-_LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}  # fmt: skip
+_FORMAT = 4
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm")
 # Names of the files that XLA writes, and of ours.
@@ -50,45 +42,14 @@ class Compiled(NamedTuple):
     code: int  # bytes; 0 where none was made
     too_large: float  # bytes; not 0 where the compiler gave up since memory is not enough
     collectives: tuple[collectives.Collective, ...]
+    operations: int = 0  # one after the other, loops unrolled
+    work: tuple[hlo.Work, ...] = ()  # of these; what has no products is one entry
 
     @property
     def memory(self) -> float:
         """Bytes in all."""
         whole = self.arguments + self.results + self.temporaries + self.code
         return float(self.too_large or whole)
-
-
-def devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU slice that need not be there: "v5e:16x16".
-
-    UserError without libtpu, or if it knows no such slice.
-    """
-    for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
-    # Whatever accelerator is here has no part in it.
-    jax.config.update("jax_platforms", "cpu")
-    if not _version("libtpu"):
-        raise UserError(
-            f"--topology {topology} needs the package libtpu, which compiles for TPUs on any Linux "
-            "machine: pip install 'slam_jax[tpu_topology]'"
-        )
-    # A host of TPUs has four chips, but for a slice of one.
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if re.search(r":1x1(x1)?$", topology) else {}
-    try:
-        return list(topologies.get_topology_desc(topology, platform="tpu", **bounds).devices)
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--topology {topology!r} is no TPU slice ({reason}); such are v5e:2x2, v5e:16x16, "
-            "v5p:2x2x4, v6e:8x8"
-        ) from None
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def compiled(
@@ -107,12 +68,12 @@ def planned(
     places: list[jax.Device],
     announce: Callable[[], None],
 ) -> Compiled:
-    """The same for TPUs that are not here, without their machine code, which takes longest to make.
+    """The same for devices that are not here, without machine code, which takes longest to make.
 
     again: makes the same `lowered` in another process, which is ended as soon as XLA has settled
     what is computed in what order and where every array lies.
     """
-    return _kept(lowered, places, announce, partial(_plan, again, len(places)))
+    return _kept(lowered, places, announce, partial(_plan, again, places))
 
 
 def _kept(
@@ -125,8 +86,11 @@ def _kept(
     if kept.is_file():
         try:
             found = json.loads(kept.read_text())
-            transfers = tuple(collectives.Collective(*each) for each in found.pop("collectives"))
-            return Compiled(**found, collectives=transfers)
+            found["collectives"] = tuple(
+                collectives.Collective(*each) for each in found["collectives"]
+            )
+            found["work"] = tuple(hlo.Work(*each) for each in found["work"])
+            return Compiled(**found)
         except (OSError, ValueError, TypeError, KeyError):
             pass  # half a file, or another program's: it is replaced
     announce()
@@ -147,9 +111,9 @@ def _folder() -> Path:
 
 def _key(lowered: jax.stages.Lowered, places: list[jax.Device]) -> str:
     """Of all that the result depends on."""
-    versions = [_version(package) for package in ("jax", "jaxlib", "libtpu")]
-    where = (_FORMAT, places[0].device_kind, len(places), *map(str, places), *versions)
-    return hashlib.sha256(f"{where} {lowered.as_text()}".encode()).hexdigest()
+    where = (_FORMAT, places[0].device_kind, len(places), *map(str, places))
+    told = f"{where} {topologies.versions()} {lowered.as_text()}"
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Compiled:
@@ -161,6 +125,7 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Compiled:
     seconds = time.perf_counter() - started
     cost, memory = found.cost_analysis() or {}, found.memory_analysis()
     program = hlo.parse(found.as_text())
+    operations, work = _work(program)
     return Compiled(
         seconds=seconds,
         flops=cost.get("flops", 0),
@@ -171,7 +136,17 @@ def _compile(lowered: jax.stages.Lowered, num_devices: int) -> Compiled:
         code=memory.generated_code_size_in_bytes,
         too_large=0,
         collectives=tuple(collectives.count(program, num_devices)),
+        operations=operations,
+        work=work,
     )
+
+
+def _work(program: hlo.Program) -> tuple[int, tuple[hlo.Work, ...]]:
+    """How many operations there are, and theirs."""
+    found = list(hlo.work(program))
+    moved = sum(each.times * each.traffic for each in found if not each.flops)
+    products = (each for each in found if each.flops)
+    return sum(each.times for each in found), (hlo.Work(1, 0, moved), *products)
 
 
 def _refused(message: str, seconds: float) -> Compiled:
@@ -182,12 +157,14 @@ def _refused(message: str, seconds: float) -> Compiled:
     return Compiled(seconds, 0, 0, 0, 0, 0, 0, float(used[1]) * _UNITS[used[2]], ())
 
 
-def _plan(again: Callable[[], jax.stages.Lowered], num_devices: int) -> Compiled:
+def _plan(again: Callable[[], jax.stages.Lowered], places: list[jax.Device]) -> Compiled:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         # A new process: XLA, once begun, cannot be stopped.
         process = multiprocessing.get_context("spawn").Process(
-            target=_write_plan, args=(again, place), daemon=True
+            target=_write_plan,
+            args=(again, place, topologies.options(places[0].platform)),
+            daemon=True,
         )
         process.start()
         # XLA writes its files in turn: when the next one is there, those before are whole.
@@ -206,15 +183,16 @@ def _plan(again: Callable[[], jax.stages.Lowered], num_devices: int) -> Compiled
         ]
     if len(texts) != 2:
         raise RuntimeError(f"compiling ended with status {process.exitcode} and without a plan")
-    return _read_plan(*texts, seconds, num_devices)
+    return _read_plan(*texts, seconds, len(places))
 
 
-def _write_plan(again: Callable[[], jax.stages.Lowered], place: str) -> None:
+def _write_plan(again: Callable[[], jax.stages.Lowered], place: str, options: dict) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # A program that JAX has kept would not be planned.
     jax.config.update("jax_enable_compilation_cache", False)
+    options = {"xla_dump_to": place, "xla_dump_hlo_as_text": True, **options}
     try:
-        again().compile(compiler_options={"xla_dump_to": place, "xla_dump_hlo_as_text": True})
+        again().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         (Path(place) / _FAILURE).write_text(str(error))
 
@@ -228,6 +206,7 @@ def _end_with_parent() -> None:
 def _read_plan(text: str, buffers: str, seconds: float, num_devices: int) -> Compiled:
     """From XLA's text of the program, and that of where each array lies."""
     program = hlo.parse(text)
+    operations, work = _work(program)
     found = {kind: 0 for kind in ("parameter", "maybe-live-out", "preallocated-temp", "constant")}
     for size, said in _ALLOCATION.findall(buffers):
         kind = next((kind for kind in found if kind in said), None)
@@ -243,4 +222,6 @@ def _read_plan(text: str, buffers: str, seconds: float, num_devices: int) -> Com
         code=0,
         too_large=0,
         collectives=tuple(collectives.count(program, num_devices)),
+        operations=operations,
+        work=work,
     )

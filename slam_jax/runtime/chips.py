@@ -32,7 +32,8 @@ def _gpu(
 
 
 # By jax.Device.device_kind. The links' bandwidth is one way: half of "bidirectional". Google's
-# page of v4 has no such number; 6 links of 50 GB/s are the paper's (arXiv 2304.01433).
+# page of v4 has no such number; 6 links of 50 GB/s are the paper's (arXiv 2304.01433). Cards
+# without NVLink send over PCIe 4.0 x16, 32 GB/s; GeForce's peaks are those with sums in float32.
 _CHIPS = (
     (r"TPU v4", _tpu("TPU v4", 275.0, 32.0, 1200.0, 300.0, "v4, arXiv 2304.01433")),
     (r"TPU v5 lite|TPU v5e", _tpu("TPU v5e", 197.0, 16.0, 819.0, 200.0, "v5e")),
@@ -41,6 +42,9 @@ _CHIPS = (
     (r".*A100.*40GB", _gpu("A100 40GB", 312.0, 40.0, 1555.0, 300.0, "NVIDIA A100 datasheet, 2021")),
     (r".*A100.*80GB", _gpu("A100 80GB", 312.0, 80.0, 2039.0, 300.0, "NVIDIA A100 datasheet, 2021")),
     (r".*H100.*HBM3", _gpu("H100 SXM", 989.4, 80.0, 3350.0, 450.0, "NVIDIA H100 datasheet, 2023")),
+    (r".*RTX 3090", _gpu("RTX 3090", 71.0, 24.0, 936.0, 32.0, "NVIDIA GA102 whitepaper, 2021")),
+    (r".*RTX 4090", _gpu("RTX 4090", 165.2, 24.0, 1008.0, 32.0, "NVIDIA Ada whitepaper, 2023")),
+    (r"NVIDIA L4", _gpu("L4", 121.0, 24.0, 300.0, 32.0, "NVIDIA L4 datasheet, 2023")),
     (r".*H200.*", _gpu("H200 SXM", 989.4, 141.0, 4800.0, 450.0, "NVIDIA H200 datasheet, 2024")),
 )
 

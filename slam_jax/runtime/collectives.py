@@ -11,8 +11,6 @@ from slam_jax.runtime.hlo import Instruction
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _PERMUTE = "collective-permute"
 
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
-_CONDITION = re.compile(r"condition=%?([\w.-]+)")
 # Of device groups: as a list, as an iota, and by axes of a mesh, whole or a factor of one.
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
@@ -46,10 +44,9 @@ def count(program: hlo.Program, num_devices: int) -> list[Collective]:
 
     A loop of which the text does not tell how often it runs counts once.
     """
-    computations, entry = program
     totals: dict[tuple[str, int], tuple[int, int]] = {}
     seen = set()
-    for times, name, instruction in _walk(computations, entry, 1):
+    for times, name, instruction in _walk(program, program.entry, 1):
         # On TPUs one collective may be written several times, among the operations that hide it.
         if channel := _CHANNEL.search(instruction.rest):
             same = channel[1], instruction.operation, hlo.sizes(instruction.shape)
@@ -64,11 +61,9 @@ def count(program: hlo.Program, num_devices: int) -> list[Collective]:
     return sorted(found, key=lambda each: -each.sent)
 
 
-def _walk(
-    computations: dict[str, list[Instruction]], name: str, times: int
-) -> Iterator[tuple[int, str, Instruction]]:
+def _walk(program: hlo.Program, name: str, times: int) -> Iterator[tuple[int, str, Instruction]]:
     """(how often it runs, its computation, the instruction) of every collective."""
-    for instruction in computations[name]:
+    for instruction in program.computations[name]:
         if instruction.operation.removesuffix("-start") in _KINDS:
             yield times, name, instruction
             continue  # what it calls is its reduction
@@ -76,23 +71,9 @@ def _walk(
             continue  # its -start was counted
         inner = times
         if instruction.operation == "while":
-            inner *= _trips(computations, instruction.rest)
+            inner *= hlo.trips(program, instruction)
         for each in hlo.called(instruction):
-            yield from _walk(computations, each, inner)
-
-
-def _trips(computations: dict[str, list[Instruction]], rest: str) -> int:
-    """How often a loop runs: as XLA says, or by its condition, counter < constant."""
-    if known := _TRIPS.search(rest):
-        return int(known[1])
-    condition = computations[_CONDITION.search(rest)[1]]
-    limits = [
-        int(each.rest.partition(")")[0])
-        for each in condition
-        if each.operation == "constant" and re.match(r"[su]\d+\[\]", each.shape)
-    ]
-    counts_up = any("direction=LT" in each.rest for each in condition)
-    return limits[0] if len(limits) == 1 and counts_up else 1
+            yield from _walk(program, each, inner)
 
 
 def _measure(name: str, instruction: Instruction, num_devices: int) -> tuple[str, int, int]:

@@ -1,12 +1,12 @@
 """XLA's text of a compiled program, read, and what one device does in it.
 
-The text is that of one device's program (compiled.as_text()). As in XLA's own counts, the body of
-a loop counts once. Of a kernel that is not XLA's, only what it is given and gives is known.
+The text is that of one device's program (compiled.as_text()). Of a kernel that is neither XLA's nor
+in NVIDIA's libraries, only what it is given and gives is known.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +22,26 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW = re.compile(r"(\w+)=([\dx_-]+)")
-_CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+_CONTRACTING = re.compile(r"lhs_contracting_dim(?:s|ensions\")[=:][{\[]([\d,\"]*)[}\]]")
+_TARGET = re.compile(r"custom_call_target=\"([^\"]*)\"")
+# Of NVIDIA's libraries: what each takes and gives, by the part it has in the convolution, and how
+# many products an attention makes. The last result of each is scratch memory.
+_CONVOLUTIONS = {
+    "__cudnn$convForward": "iko", "__cudnn$convBiasActivationForward": "iko",
+    "__cudnn$convBackwardInput": "oki", "__cudnn$convBackwardFilter": "iok",
+}  # fmt: skip
+_ATTENTIONS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
+_LIBRARIES = ("__cudnn$", "__cublas$")
 # These move nothing: they name what others wrote.
 _NAMING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "iota", "partition-id", "replica-id", "opt-barrier",
 }  # fmt: skip
+_CALLS = ("while", "conditional", "call")
+_ENDS = ("-done", "-update")  # of what a -start began, which counts
 _SLICES = {"slice", "dynamic-slice", "gather"}
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":\s*"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
 
 
 class Instruction(NamedTuple):
@@ -86,41 +99,66 @@ def sizes(shape: str, main_memory: bool = False) -> tuple[int, ...]:
 
 
 def flops(program: Program) -> int:
-    """Multiplications and additions of matrix products and convolutions; padding counts nothing."""
-    total = 0
-    for instructions in _reached(program, fused=True):
-        shapes = {each.name: each.shape for each in instructions}
-        for each in instructions:
-            if each.operation == "convolution":
-                total += _convolution(each, *(shapes[name] for name in each.operands[:2]))
-            elif each.operation == "dot":
-                total += _dot(each, shapes[each.operands[0]])
-    return total
+    """Multiplications and additions of matrix products and convolutions, bodies of loops once."""
+    return sum(each.flops for each in work(program))
 
 
 def traffic(program: Program) -> int:
-    """Bytes of main memory that operations read and write; what a fusion keeps inside is free."""
-    total = 0
-    for instructions in _reached(program, fused=False):
+    """Bytes of main memory that operations read and write, bodies of loops once."""
+    return sum(each.traffic for each in work(program))
+
+
+class Work(NamedTuple):
+    """Of an operation that the program carries out, such as a fusion."""
+
+    times: int  # in one run of the program
+    flops: int  # multiplications and additions of matrix products and convolutions
+    traffic: int  # bytes of main memory that it reads and writes
+
+
+def work(program: Program) -> Iterator[Work]:
+    """Of every operation. Padding counts nothing, and what a fusion keeps inside is no traffic."""
+    waiting = [(program.entry, 1)]
+    while waiting:
+        name, times = waiting.pop()
+        instructions = program.computations[name]
         shapes = {each.name: each.shape for each in instructions}
         for each in instructions:
-            if each.operation not in _NAMING and not each.operation.endswith(("-done", "-update")):
-                total += _moved(each, [shapes[name] for name in each.operands], program)
+            if each.operation in _CALLS:
+                often = times * trips(program, each) if each.operation == "while" else times
+                waiting += [(inner, often) for inner in called(each)]
+            elif each.operation not in _NAMING and not each.operation.endswith(_ENDS):
+                yield Work(times, _flops(each, shapes, program), _moved(each, shapes, program))
+
+
+def trips(program: Program, loop: Instruction) -> int:
+    """How often a loop runs: as XLA says, or by its condition, counter < constant; else 1."""
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
+    condition = program.computations[_CONDITION.search(loop.rest)[1]]
+    limits = [
+        int(each.rest.partition(")")[0])
+        for each in condition
+        if each.operation == "constant" and re.match(r"[su]\d+\[\]", each.shape)
+    ]
+    counts_up = any("direction=LT" in each.rest for each in condition)
+    return limits[0] if len(limits) == 1 and counts_up else 1
+
+
+def _flops(instruction: Instruction, shapes: Mapping[str, str], program: Program) -> int:
+    if instruction.operation in _PRODUCTS:
+        operands = [shapes[name] for name in instruction.operands]
+        return _PRODUCTS[instruction.operation](instruction, operands)
+    total = 0
+    for name in called(instruction):
+        inside = program.computations[name]
+        shapes = {each.name: each.shape for each in inside}
+        total += sum(_flops(each, shapes, program) for each in inside)
     return total
 
 
-def _reached(program: Program, fused: bool) -> Iterator[list[Instruction]]:
-    """Every computation that runs, as often as it is called; fused: those inside of fusions too."""
-    waiting = [program.entry]
-    while waiting:
-        instructions = program.computations[waiting.pop()]
-        yield instructions
-        for each in instructions:
-            if fused or each.operation in ("while", "conditional", "call"):
-                waiting += called(each)
-
-
-def _moved(instruction: Instruction, operands: Sequence[str], program: Program) -> int:
+def _moved(instruction: Instruction, shapes: Mapping[str, str], program: Program) -> int:
+    operands = [shapes[name] for name in instruction.operands]
     written = sum(sizes(instruction.shape, main_memory=True))
     if instruction.operation in _SLICES:
         return _part(instruction, operands[0]) + written
@@ -134,6 +172,8 @@ def _moved(instruction: Instruction, operands: Sequence[str], program: Program) 
         return read + written
     if instruction.operation.endswith("-start"):
         return written  # of which one half is what is read
+    if _target(instruction).startswith(_LIBRARIES):
+        written -= sizes(instruction.shape)[-1]
     return written + sum(sum(sizes(shape, main_memory=True)) for shape in operands)
 
 
@@ -162,19 +202,51 @@ def _part(taken: Instruction, source: str) -> int:
     return sum(sizes(taken.shape)) if sum(sizes(source, main_memory=True)) else 0
 
 
-def _dot(instruction: Instruction, left: str) -> int:
-    extents = _extents(left)
-    summed = _CONTRACTING.search(instruction.rest)[1]
+def _target(instruction: Instruction) -> str:
+    """Of a call to what XLA has not made, its name; else ""."""
+    found = _TARGET.search(instruction.rest)
+    return found[1] if found else ""
+
+
+def _library(instruction: Instruction, operands: Sequence[str]) -> int:
+    """Of a call to NVIDIA's libraries; of any other kernel it is not known what it computes."""
+    name = _target(instruction)
+    if name.startswith("__cublas$"):
+        return _dot(instruction, operands)
+    if name in _CONVOLUTIONS:
+        result = _ARRAY.search(instruction.shape)[0]
+        parts = dict(zip(_CONVOLUTIONS[name], (*operands[:2], result), strict=True))
+        return _convolved(instruction, parts["i"], parts["k"], parts["o"])
+    if name in _ATTENTIONS:
+        batch, queries, heads, depth = _extents(operands[0])
+        keys = _extents(operands[1])[1]
+        return 2 * _ATTENTIONS[name] * batch * heads * queries * keys * depth
+    return 0
+
+
+def _dot(instruction: Instruction, operands: Sequence[str]) -> int:
+    extents = _extents(operands[0])
+    summed = _CONTRACTING.search(instruction.rest)[1].replace('"', "")
     length = math.prod(extents[int(axis)] for axis in filter(None, summed.split(",")))
     return 2 * math.prod(_extents(instruction.shape)) * length
 
 
-def _convolution(instruction: Instruction, left: str, right: str) -> int:
-    """A product wherever a tap of the window meets an element, for each feature in and out."""
+def _convolution(instruction: Instruction, operands: Sequence[str]) -> int:
+    return _convolved(instruction, *operands, instruction.shape)
+
+
+_PRODUCTS = {"dot": _dot, "convolution": _convolution, "custom-call": _library}
+
+
+def _convolved(instruction: Instruction, *shapes: str) -> int:
+    """A product wherever a tap of the window meets an element, for each feature in and out.
+
+    shapes: of the input, the kernel and the output.
+    """
     labels = _LABELS.search(instruction.rest).groups()
     inputs, kernel, outputs = (
         dict(zip(axes, _extents(shape), strict=True))
-        for axes, shape in zip(labels, (left, right, instruction.shape), strict=True)
+        for axes, shape in zip(labels, shapes, strict=True)
     )
     window = dict(_WINDOW.findall(instruction.rest.partition("window={")[2].partition("}")[0]))
     pairs = math.prod(

@@ -115,6 +115,10 @@ def test_cudnn_asks_for_flash_attention_forward_and_backward():
         mock.patch.object(here, "is_cuda_compute_capability_equal", return_value=False),
     ):
         gradient = jax.jit(lambda *x: mixed_and_gradient(kernels.cudnn, *x))
-        text = gradient.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        traced = gradient.trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Two products forward, and five backward, since the weights were not kept.
+    assert flops.count(traced.jaxpr.jaxpr) == (2 + 5) * 2 * 2 * 4096**2 * 40
+    assert flops.count(traced.jaxpr.jaxpr, unrolled=False) == 0
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
     assert "4096x4096" not in text

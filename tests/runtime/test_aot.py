@@ -54,6 +54,7 @@ def test_a_plan_says_what_the_compiled_program_says(program):
     assert planned.collectives == compiled.collectives
     assert Collective("all-reduce", 4, 1, 4000) in planned.collectives
     assert planned.traffic == compiled.traffic > 0
+    assert planned.work == compiled.work and planned.operations == compiled.operations > 1
     assert planned.temporaries == pytest.approx(compiled.temporaries, rel=0.01)
     assert planned.results == pytest.approx(compiled.results, abs=64)
     again = aot.planned(lowered, program.fail, places, lambda: said.append("planning"))
@@ -61,9 +62,9 @@ def test_a_plan_says_what_the_compiled_program_says(program):
 
 
 def test_a_compiler_that_gives_up_is_no_crash_and_another_failure_is(program):
-    assert aot._plan(program.refuse, 4).too_large == 23.5 * 2**30
+    assert aot._plan(program.refuse, jax.devices()[:4]).too_large == 23.5 * 2**30
     with pytest.raises(RuntimeError, match="some other trouble"):
-        aot._plan(program.fail, 4)
+        aot._plan(program.fail, jax.devices()[:4])
 
 
 BUFFERS = """BufferAssignment:
@@ -87,9 +88,12 @@ def test_a_killed_parent_leaves_no_planner(tmp_path):
     """One of SDXL takes 11 GB, for as long as the whole compilation would take."""
     planning = tmp_path / "planning"
     lowers = f"import time; open({str(planning)!r}, 'w').close(); time.sleep(600)"
-    program = "import functools\nfrom slam_jax.runtime import aot\n" + (
-        f"if __name__ == '__main__':\n    aot._plan(functools.partial(exec, {lowers!r}), 1)"
-    )
+    program = f"""
+import functools, jax
+from slam_jax.runtime import aot
+if __name__ == "__main__":
+    aot._plan(functools.partial(exec, {lowers!r}), jax.devices())
+"""
     parent = subprocess.Popen([sys.executable, "-W", "ignore", "-c", program])
     until = time.monotonic() + 60
     while not planning.exists():

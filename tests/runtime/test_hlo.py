@@ -119,3 +119,71 @@ def test_bytes_of_arrays():
     assert hlo.sizes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/pred[5], s4[6])") == (12, 5, 3)
     assert hlo.sizes("(bf16[2,3]{1,0:S(1)}, f32[])", main_memory=True) == (0, 4)
     assert np.prod(hlo.sizes("token[]")) == 0
+
+
+CALLS = """HloModule f
+
+ENTRY %main (x: f32[2,9,7,4]) -> f32[] {
+  %x = f32[2,9,7,4]{3,2,1,0} parameter(0)
+  %w = f32[6,3,2,4]{3,2,1,0} parameter(1)
+  %y = f32[2,4,9,6]{3,2,1,0} parameter(2)
+  %q = bf16[2,32,3,8]{3,2,1,0} parameter(3)
+  %k = bf16[2,16,3,8]{3,2,1,0} parameter(4)
+  %a = f32[3,5,7]{2,1,0} parameter(5)
+  %b = f32[3,7,4]{2,1,0} parameter(6)
+  %c = (RESULT, s8[4194304]{0}) custom-call(OPERANDS), custom_call_target="TARGET", MORE
+}
+"""
+WINDOW = "window={size=3x2 stride=2x1 pad=1_0x2_1}, dim_labels=b01f_o01i->b01f"
+DIMENSIONS = (
+    'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":'
+    '["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"]}}}'
+)
+
+
+@pytest.mark.parametrize(("target", "operands", "result", "more", "of"), [
+    ("__cudnn$convForward", "%x, %w", "f32[2,4,9,6]{3,2,1,0}", WINDOW, "forward"),
+    ("__cudnn$convBiasActivationForward", "%x, %w, %b", "f32[2,4,9,6]{3,2,1,0}", WINDOW, "forward"),
+    ("__cudnn$convBackwardInput", "%y, %w", "f32[2,9,7,4]{3,2,1,0}", WINDOW, "x"),
+    ("__cudnn$convBackwardFilter", "%x, %y", "f32[6,3,2,4]{3,2,1,0}", WINDOW, "w"),
+])  # fmt: skip
+def test_convolutions_of_cudnn_cost_what_xla_says_of_the_same(target, operands, result, more, of):
+    function, *shapes = _convolution(stride=2)
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    lowered = jax.jit(function).lower(x, w)
+    if of != "forward":
+        place = "xw".index(of)
+        lowered = jax.jit(lambda x, w, y: jax.vjp(function, x, w)[1](y)[place]).lower(
+            x, w, jax.eval_shape(function, x, w)
+        )
+    found = hlo.parse(_call(target, operands, result, more))
+    assert hlo.flops(found) == lowered.cost_analysis()["flops"]
+
+
+def _call(target, operands, result, more):
+    text = CALLS.replace("TARGET", target).replace("OPERANDS", operands)
+    return text.replace("RESULT", result).replace("MORE", more)
+
+
+def test_scratch_memory_of_libraries_is_no_traffic_and_other_kernels_are_not_known():
+    product = _call("__cublas$lt$matmul", "%a, %b", "f32[3,5,4]{2,1,0}", DIMENSIONS)
+    (work,) = hlo.work(hlo.parse(product))
+    assert work == (1, 2 * 3 * 5 * 4 * 7, 4 * 3 * (5 * 7 + 7 * 4 + 5 * 4))
+    attention = _call("__cudnn$fmhaSoftmax", "%q, %k, %k", "bf16[2,32,3,8]{3,1,2,0}", "")
+    (work,) = hlo.work(hlo.parse(attention))
+    assert work == (1, 2 * 2 * 2 * 3 * 32 * 16 * 8, 2 * 2 * 3 * 8 * (32 + 16 + 16 + 32))
+    backward = attention.replace("fmhaSoftmax", "fmhaSoftmaxBackward")
+    assert hlo.flops(hlo.parse(backward)) == 5 * 2 * 2 * 3 * 32 * 16 * 8
+    assert hlo.flops(hlo.parse(attention.replace("__cudnn$fmhaSoftmax", "mine"))) == 0
+
+
+def test_work_is_counted_as_often_as_loops_run():
+    def multiply(x):
+        return jax.lax.fori_loop(0, 7, lambda _, y: jnp.sin(y @ x), x)
+
+    shape = jax.ShapeDtypeStruct((50, 50), jnp.float32)
+    program = hlo.parse(jax.jit(multiply).lower(shape).compile().as_text())
+    assert hlo.flops(program) == 2 * 50**3
+    work = list(hlo.work(program))
+    assert sum(each.times * each.flops for each in work) == 7 * 2 * 50**3
+    assert {each.times for each in work} <= {1, 7}
