@@ -164,13 +164,12 @@ def nets(
 ) -> step.Nets:  # fmt: skip
     """The networks in their dtypes; UserError if the images do not suit the VAE.
 
-    on_own_examples: of a function that XLA cannot cut, makes one for examples on many devices.
+    on_own_examples: as kernels.by_name takes it.
     """
     frozen_dtype = pipeline.dtype(settings.teacher.dtype)
     pipeline.latent_shape(teacher, settings.data.size)
-    attend = _choose(kernels.BY_NAME, "attention", settings.attention)
-    if attend is kernels.flash:
-        attend = on_own_examples(attend)
+    _choose(kernels.BY_NAME, "attention", settings.attention)
+    attend = kernels.by_name(settings.attention, on_own_examples)
     student_net, student_params = pipeline.student, step.all_trained
     if settings.student.lora.rank:
         student_net = pipeline.lora_student

@@ -11,13 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from slam_jax import experiment, pipeline
 from slam_jax.distill import loss, optimizer, state, step
-from slam_jax.errors import UserError
 from slam_jax.runtime import apart, executables, mesh
 from slam_jax.settings import Settings
 from slam_jax.weights import pretrained
-
-# Of the kernels for attention: whose, and the names that JAX gives those devices.
-_MADE_FOR = {"flash": ("TPUs", ("tpu",)), "cudnn": ("NVIDIA GPUs", ("gpu", "cuda"))}
 
 
 class Parts(NamedTuple):
@@ -56,7 +52,7 @@ def parts(settings: Settings, teacher: pretrained.Pretrained) -> Parts:
 
 def build(settings: Settings, parts: Parts, devices: Mesh) -> Program:
     """The train step and the layout of its state; UserError if attention's kernel does not suit."""
-    _check_attention(settings.attention, devices)
+    apart.check_attention(settings.attention, devices)
     first = partial(state.init, optimizer=parts.optimizer)
     bare = jax.eval_shape(first, _shapes(parts.student.params))
     like = mesh.placed(bare, devices, settings.mesh.rules)
@@ -87,19 +83,6 @@ def _decisive(settings: Settings, parts: Parts) -> tuple:
         checkpoint=None, faults=settings.faults.max_grad_norm, log=None,
     )  # fmt: skip
     return bare, parts.configs
-
-
-def _check_attention(kernel: str, devices: Mesh) -> None:
-    owner, platforms = _MADE_FOR.get(kernel, ("", ()))
-    platform = devices.devices.flat[0].platform
-    if owner and platform not in platforms:
-        raise UserError(f"attention={kernel} is made for {owner}, not for {platform}; use xla")
-    shards = mesh.num_batch_shards(devices)
-    if kernel == "flash" and shards != devices.size:
-        raise UserError(
-            f"attention=flash needs the examples on all {devices.size} devices, and mesh.axes "
-            f"spread them over {shards}; use the axes data and fsdp alone"
-        )
 
 
 def _spread(nets: step.Nets, devices: Mesh, rules: mesh.Rules) -> step.Nets:

@@ -51,8 +51,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
     """One update from the mean gradient of all microbatches; `key` is the run's, not the step's.
 
-    A gradient above max_grad_norm, or anything that is not finite, changes nothing but the step.
-    over_devices: apart.mean_over_devices, where that is faster than what XLA makes of the mean.
+    A loss or gradient that is not finite, or a gradient above max_grad_norm, changes nothing but
+    the step; so does an update that is not finite, on accelerators where its numbers are not.
+    over_devices: of the gradient's function, makes one that is faster (apart.over_devices).
     """
     learn = partial(gradient, nets=nets, method=method)
     if over_devices is not None:
@@ -120,19 +121,31 @@ def update(
     state: TrainState, mean_loss: Array, grads: Params, *,
     optimizer: optax.GradientTransformation, ema_rate: float, max_grad_norm: float,
 ) -> tuple[TrainState, Metrics]:  # fmt: skip
-    """AdamW's step, the target after it, and what is logged of both."""
+    """AdamW's step, the target after it, and what is logged of both.
+
+    Numbers of an update that are not finite never reach the student, and it counts as skipped.
+    """
     updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-    # That the update is asked for too, and the barrier, leave each old array one last reader, the
-    # new one that takes its place: else XLA copies them all first.
-    usable = jnp.isfinite(mean_loss) & jnp.isfinite(norms["update_norm"])
-    usable &= norms["grad_norm"] <= max_grad_norm
+    usable = jnp.isfinite(mean_loss) & (norms["grad_norm"] <= max_grad_norm)
+    whole = usable & jnp.isfinite(norms["update_norm"])
+    # For XLA's CPU compiler each output is a program of its own. That nothing is replaced before
+    # all updates are there, nor a target before its student, leaves each old array one last reader,
+    # the new one that takes its place: else it copies them all first. Others join outputs, and
+    # would go over the state twice.
+    on = jax.lax.platform_dependent
+    usable = on(usable, whole, cpu=lambda _, whole: whole, default=lambda usable, _: usable)
     keep = partial(jax.tree.map, partial(jnp.where, usable))
-    student = keep(optax.apply_updates(state.student, updates), state.student)
-    student, usable = jax.lax.optimization_barrier((student, usable))
+    student = jax.tree.map(
+        lambda old, change: jnp.where(usable & jnp.isfinite(change), old + change, old),
+        state.student, updates,
+    )  # fmt: skip
+    student, usable = on(
+        student, usable, cpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *x: x
+    )
     target = jax.tree.map(
         lambda old, new: jnp.where(usable, ema_rate * old + (1.0 - ema_rate) * new, old),
         state.target, student,
     )  # fmt: skip
     after = TrainState(state.step + 1, student, target, keep(opt_state, state.opt_state))
-    return after, {"loss": mean_loss, **norms, "skipped": 1.0 - usable.astype(jnp.float32)}
+    return after, {"loss": mean_loss, **norms, "skipped": 1.0 - whole.astype(jnp.float32)}

@@ -1,12 +1,13 @@
 """Attention: as XLA computes it, or, where it is large, by a kernel made for a kind of chip."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Of keys; for fewer, weights are small and XLA's way is as good.
+# Of keys, or for cuDNN of queries; for fewer, weights are small and XLA's way is as good.
 _LARGE = 1024
 # Of queries and keys that the TPU's kernel takes at a time, the first that divides both.
 _BLOCKS = (1024, 768, 512, 384, 256, 128)
@@ -37,10 +38,9 @@ def attend(
 def flash(
     query: Float[Array, "B Q N D"], key: Float[Array, "B K N D"], value: Float[Array, "B K N D"]
 ) -> Float[Array, "B Q N D"]:
-    """`attend` on TPUs, the weights never leaving the chip: JAX's Pallas kernel (arXiv 2205.14135).
+    """`attend` on TPUs, the weights never leaving the chip: JAX's Pallas kernel.
 
-    Where the examples are spread over devices, each must call it on its own: XLA cannot cut a
-    kernel that it has not made.
+    Flash attention, arXiv 2205.14135.
     """
     # Imported here, since it takes as long as a small program's start, and few need it.
     from jax.experimental.pallas.ops.tpu import flash_attention
@@ -69,10 +69,28 @@ def cudnn(
     """
     depth = query.shape[-1]
     fits = query.dtype in (jnp.bfloat16, jnp.float16) and depth <= 128 and depth % 8 == 0
-    if key.shape[1] < _LARGE or not fits:
+    if query.shape[1] < _LARGE or not fits:
         return attend(query, key, value)
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    batch, keys = key.shape[:2]
+    if keys % 2 == 0:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    # JAX takes gradients for an even number of keys only, and prompts have 77 tokens: it is told
+    # how many count of a few more.
+    key, value = (jnp.pad(x, ((0, 0), (0, -keys % 8), (0, 0), (0, 0))) for x in (key, value))
+    lengths = jnp.full(batch, keys, jnp.int32)
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
 # As a config names them.
 BY_NAME = {"xla": attend, "flash": flash, "cudnn": cudnn}
+
+
+def by_name(name: str, on_own_examples: Callable[[Callable], Callable]) -> Callable:
+    """One of BY_NAME; of a kernel, which XLA cannot cut, what on_own_examples makes of it.
+
+    on_own_examples: of a function of arrays [B, ...] that lie on many devices, makes one that each
+    of them calls on its own part.
+    """
+    return attend if name == "xla" else on_own_examples(BY_NAME[name])

@@ -21,6 +21,11 @@ _LOCK = threading.Lock()
 _SUFFIX = "-cache"  # of JAX's files with executables
 # Where JAX keeps and tells things, which changes no program.
 _ASIDE = re.compile(r"jax_.*(cache|log|dump|profile|traceback).*")
+# JAX promises nothing of these for its later versions, which have keys of their own.
+_OF_THIS_VERSION = [
+    export.DisabledSafetyCheck.custom_call(name)
+    for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "LayoutConstraint")
+]
 _SETTINGS = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
@@ -66,11 +71,12 @@ def _lowered(
         if kept.folder() is None and jax.process_count() == 1:
             return jitted.lower(*arguments), False
         try:
-            content = bytes(export.export(jitted)(*arguments).serialize())
+            exported = export.export(jitted, disabled_checks=_OF_THIS_VERSION)(*arguments)
+            content = bytes(exported.serialize())
         except UserError:
             raise
         except ValueError:
-            # It calls what this accelerator alone knows, of which JAX promises no permanence.
+            # It calls what this accelerator alone knows.
             return jitted.lower(*arguments), False
         kept.write("programs", key, content)
     # Read back even where it was just written: tracing and reading must not differ.

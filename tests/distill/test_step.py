@@ -255,8 +255,22 @@ def test_an_infinite_update_is_dropped_though_its_gradient_is_finite(compiled_up
     jax.tree.map(np.testing.assert_array_equal, after.replace(step=expected.step), expected)
 
 
+def test_on_accelerators_numbers_of_an_update_that_are_not_finite_are_left_out(monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, default, **_: default(*x))
+    params = {"kernel": jnp.ones((2, 2))}
+    start = state.init(params, ADAMW)
+    spoilt = {"kernel": jnp.array([[jnp.inf, 0.0], [jnp.nan, 0.0]])}
+    start = start.replace(opt_state=optax.tree.set(start.opt_state, mu=spoilt))
+    update = partial(step.update, optimizer=ADAMW, ema_rate=0.9, max_grad_norm=MAX_GRAD_NORM)
+    after, metrics = update(start, jnp.float32(1.0), {"kernel": jnp.full((2, 2), 1e-3)})
+    assert metrics["skipped"] == 1
+    for trained in (after.student["kernel"], after.target["kernel"]):
+        assert (trained[:, 0] == 1).all() and (trained[:, 1] < 1).all()
+
+
 def test_no_array_of_the_state_is_copied_to_be_replaced(compiled_update):
     update, *_ = compiled_update
+    assert "conditional(" not in update.as_text()
     copied = re.findall(r"= f32\[64,64\]\S* copy\(", update.as_text())
     assert not copied
 

@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu
 
 from slam_jax import flops
 from slam_jax.nets import kernels
+from slam_jax.runtime import apart, mesh
 
 
 def test_attention_logits_do_not_overflow_float16():
@@ -98,6 +99,26 @@ def test_kernels_leave_what_is_small_or_odd_to_attend():
         jax.make_jaxpr(kernels.cudnn)(*shapes)  # cuDNN's would refuse them, and any on a CPU
 
 
+def test_each_device_calls_a_kernel_on_its_own_examples():
+    """What XLA cannot cut: here each device's own mean, which is seen where it is called."""
+    devices = mesh.make((("data", 2), ("fsdp", 2)))
+    rows = mesh.rows_sharding(devices)
+    x = np.arange(8.0, dtype=np.float32).reshape(8, 1, 1, 1)
+    kernel = apart.on_own_examples(lambda query, key, value: query + key.mean() + 0 * value)
+
+    def call(x):
+        with apart.scope(devices):
+            return kernel(x, x, x)
+
+    program = jax.jit(call).lower(jax.device_put(x, rows)).compile()
+    found = program(jax.device_put(x, rows))
+    assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
+    assert found.sharding.is_equivalent_to(rows, 4)
+    means = x.reshape(4, 2).mean(axis=1).repeat(2).reshape(x.shape)
+    np.testing.assert_array_equal(found, x + means)
+    np.testing.assert_array_equal(jax.jit(kernel)(x, x, x), x + x.mean())  # without a mesh
+
+
 def test_flash_costs_the_products_of_attend():
     shapes = jax.eval_shape(lambda: inputs(4096, 40))
     ours, theirs = (jax.make_jaxpr(each)(*shapes).jaxpr for each in (kernels.attend, kernels.flash))
@@ -105,9 +126,10 @@ def test_flash_costs_the_products_of_attend():
     assert flops.count(theirs, unrolled=False) == 0  # XLA does not look into kernels
 
 
-def test_cudnn_asks_for_flash_attention_forward_and_backward():
+@pytest.mark.parametrize(("num_keys", "told"), [(4096, 4096), (77, 80)])
+def test_cudnn_asks_for_flash_attention_forward_and_backward(num_keys, told):
     """Lowered for a GPU that is not here; only what asks which GPU it is was replaced."""
-    shapes = jax.eval_shape(lambda: inputs(4096, 40, jnp.bfloat16))
+    shapes = jax.eval_shape(lambda: prompted(4096, num_keys))
     here = fused_attention_stablehlo
     with (
         mock.patch.object(here, "check_cudnn_version", return_value=91000),
@@ -118,7 +140,36 @@ def test_cudnn_asks_for_flash_attention_forward_and_backward():
         traced = gradient.trace(*shapes)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     # Two products forward, and five backward, since the weights were not kept.
-    assert flops.count(traced.jaxpr.jaxpr) == (2 + 5) * 2 * 2 * 4096**2 * 40
+    assert flops.count(traced.jaxpr.jaxpr) == (2 + 5) * 2 * 2 * 4096 * told * 40
     assert flops.count(traced.jaxpr.jaxpr, unrolled=False) == 0
     assert "__cudnn$fmhaSoftmax(" in text and "__cudnn$fmhaSoftmaxBackward(" in text
-    assert "4096x4096" not in text
+    assert f"4096x{num_keys}x" not in text and f"4096x{told}x" not in text
+
+
+def prompted(num_queries, num_keys):
+    """Queries of pixels, keys and values of a prompt."""
+    query, key, value = inputs(num_queries, 40, jnp.bfloat16)
+    return query, key[:, :num_keys], value[:, :num_keys]
+
+
+def test_keys_that_were_added_for_cudnn_change_nothing():
+    """In the place of cuDNN, which is not here, XLA does what JAX defines for both."""
+    arrays = prompted(1024, 77)
+    wanted = mixed_and_gradient(kernels.attend, *arrays)
+    asked = []
+
+    def as_xla(*arrays, implementation, **named):
+        asked.append((implementation, arrays[1].shape))
+        return attention(*arrays, **named, implementation="xla")
+
+    attention = jax.nn.dot_product_attention
+    with (
+        mock.patch.object(jax.nn, "dot_product_attention", as_xla),
+        jax.numpy_dtype_promotion("standard"),
+    ):
+        found = mixed_and_gradient(kernels.cudnn, *arrays)
+    assert asked == [("cudnn", (2, 80, 1, 40))]
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+        assert ours.shape == theirs.shape
+        assert np.linalg.norm(ours - theirs) <= 0.01 * np.linalg.norm(theirs)

@@ -1,32 +1,16 @@
 """What each of four fake devices computes on its own examples."""
 
 import re
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from slam_jax.runtime import apart, mesh
-
-
-def test_on_own_examples_nothing_is_fetched():
-    """What XLA cannot cut: here each device's own mean, which is seen where it is called."""
-    devices = mesh.make((("data", 2), ("fsdp", 2)))
-    rows = mesh.rows_sharding(devices)
-    x = np.arange(8.0, dtype=np.float32).reshape(8, 1)
-    function = apart.on_own_examples(lambda x, y: x + y.mean())
-
-    def call(x, y):
-        with apart.scope(devices):
-            return function(x, y)
-
-    program = jax.jit(call).lower(*jax.device_put((x, x), rows)).compile()
-    found = program(*jax.device_put((x, x), rows))
-    assert "all-gather" not in program.as_text() and "all-reduce" not in program.as_text()
-    assert found.sharding.is_equivalent_to(rows, 2)
-    np.testing.assert_array_equal(found, x + x.reshape(4, 2).mean(axis=1).repeat(2)[:, None])
-    np.testing.assert_array_equal(jax.jit(function)(x, x), x + x.mean())  # without a mesh
 
 
 def test_means_are_summed_as_one_array():
@@ -67,3 +51,20 @@ def test_cpus_with_copies_of_everything_alone_sum_so():
     assert apart.over_devices(mesh.make((("fsdp", 4),)), cut) is None
     # The second axis has the same examples as the first.
     assert apart.over_devices(mesh.make((("data", 2), ("model", 2))), copies) is None
+
+
+def test_on_gpus_gradients_of_convolutions_lie_as_their_kernels():
+    gpus = mock.Mock(spec=Mesh)
+    gpus.devices = np.array([types.SimpleNamespace(platform="gpu")])
+    wrap = apart.over_devices(gpus, ((".*", ()),))
+
+    def gradient(x, factor):
+        return {"kernel": factor * x, "bias": factor * x[0, 0, 0]}
+
+    x = np.arange(24.0, dtype=np.float32).reshape(1, 2, 3, 4)
+    lowered = jax.jit(wrap(gradient)).lower(x, np.float32(2))
+    (asked,) = re.findall(r"@LayoutConstraint.*dense<(.*?)> .*tensor<(.*?)>\n", lowered.as_text())
+    assert asked == ("[3, 2, 1, 0]", "1x2x3x4xf32")
+    found = lowered.compile()(x, np.float32(2))
+    np.testing.assert_array_equal(found["kernel"], 2 * x)
+    np.testing.assert_array_equal(found["bias"], 2 * x[0, 0, 0])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,11 +79,24 @@ def test_without_a_folder_the_program_of_many_hosts_is_the_same(cache, monkeypat
     assert lowered()[0].as_text() == kept_one.as_text()
 
 
+def test_what_jax_keeps_for_its_own_version_alone_is_kept_by_versions(cache):
+    """A layout; JAX refuses it unless told that no other version will read it."""
+
+    def turned(x):
+        return with_layout_constraint(2 * x, Layout((1, 0)))
+
+    x = jnp.arange(6.0).reshape(2, 3)
+    program = executables.lower(turned, "turned", (), x)
+    assert "@LayoutConstraint" in program.as_text()
+    assert len(list((cache / "programs").iterdir())) == 1
+    assert program.compile()(x).tolist() == [[0, 2, 4], [6, 8, 10]]
+
+
 def test_what_jax_cannot_keep_is_lowered_as_it_is(cache, monkeypatch):
     def refused(*_, **__):
         raise ValueError("custom call without a guarantee")
 
-    monkeypatch.setattr(executables.export, "export", lambda _: refused)
+    monkeypatch.setattr(executables.export, "export", lambda *_, **__: refused)
     program, now, change = lowered()
     assert program.compile()(now, change)[0]["sum"].tolist() == [28.0] * 3
     assert not (cache / "programs").exists()
