@@ -1,10 +1,11 @@
 """The largest batch that memories of 24, 40, 80 and 141 GB hold, by XLA's plans: nothing is run.
 
-    python benchmarks/largest_batch.py --config configs/sd15.py --images 32 64
+    python benchmarks/largest_batch.py --config configs/sd15.py --images 32 64 --topology h200
 
-plans the config's train step for one TPU at each of these numbers of images at a time; on the
-straight line through them lies every larger one. Not with few images, where what takes most room
-is what does not grow with them, such as gradients. A GPU's program takes other room: a prediction.
+plans the config's train step for one GPU (or TPU, --topology v5p:1x1x1) at each of these numbers of
+images at a time; on the straight line through them lies every larger one. Not with few images,
+where what takes most room is what does not grow with them, such as gradients. A prediction: cuDNN's
+scratch memory, which is chosen on the GPU, is not in it.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 
 from benchmarks import timing
 from slam_jax import dry_run, settings
-from slam_jax.nets import kernels
+from slam_jax.nets import kernels, unet
 from slam_jax.runtime import aot, topologies
 
 GIGABYTES = (24, 40, 80, 141)
@@ -37,7 +38,8 @@ def memory(chosen: settings.Settings, images: int, topology: str) -> float:
         print(f"planning {images} images at a time", file=sys.stderr, flush=True)
 
     again = partial(dry_run.lower, chosen, topology)
-    found = aot.planned(again(), again, topologies.devices(topology), announce)
+    places = topologies.devices(topology, chosen.attention)
+    found = aot.planned(again(), again, places, announce)
     return found.memory
 
 
@@ -56,13 +58,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--images", type=timing.positive, nargs="+", default=[32, 64])
-    parser.add_argument("--attention", choices=kernels.BY_NAME, default="flash")
-    parser.add_argument("--topology", default="v5p:1x1x1")
+    parser.add_argument("--topology", default="h200")
+    parser.add_argument(
+        "--attention", choices=kernels.BY_NAME, help="unless given, the kernel for such a chip"
+    )
+    parser.add_argument("--remat", choices=unet.REMAT, help="unless given, the config's")
     options = parser.parse_args()
     if len({*options.images}) < 2:
         parser.error("--images must be two numbers or more, such as 32 64")
     config = runpy.run_path(options.config)["get_config"]().to_dict()
-    chosen = settings.from_config(config)._replace(attention=options.attention)
+    chosen = settings.from_config(config)
+    options.attention = options.attention or topologies.kernel(options.topology)
+    options.remat = options.remat or chosen.student.remat
+    student = chosen.student._replace(remat=options.remat)
+    chosen = chosen._replace(attention=options.attention, student=student)
     with timing.refusing(parser):
         found = [memory(chosen, images, options.topology) for images in options.images]
     fixed, each = line(options.images, found)

@@ -4,7 +4,8 @@ slam_jax.loop runs as in training, from a cache of latents on disk, with a step 
 returns as many arrays as the model's, each of one number: its arithmetic takes next to nothing, so
 what is left is the host's. On an accelerator the host does this while the device computes; only
 where it takes longer than the device does it show. It is no figure of a GPU or TPU: the share is of
-the least time that a step of the model can take there.
+the least time that a step of the model can take there. With --device_ms the step also keeps a
+thread busy for so long, as a device that computes would be: what a step takes beyond that shows.
 """
 
 import argparse
@@ -45,13 +46,33 @@ def _settings(options: argparse.Namespace) -> Settings:
     return settings.from_config(config)
 
 
-def _small_step(now: state.TrainState, frozen: Any, batch: dict, key: jax.Array) -> tuple:
-    """Every array is changed, or JAX would not pass it to the device at all."""
+def _small_step(
+    now: state.TrainState, frozen: Any, batch: dict, key: jax.Array, turns: jax.Array
+) -> tuple:
+    """Every array is changed, or JAX would not pass it to the device at all.
+
+    turns: of a loop that is in the way of the next step, as a device's work would be.
+    """
     after = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), now)
+    worked = _loop(turns, now.step.astype(jnp.float32))
+    after = after.replace(step=after.step + (0 * worked).astype(jnp.int32))
     seen = sum(leaf.ravel()[0].astype(jnp.float32) for leaf in jax.tree.leaves((frozen, batch)))
     loss = jax.random.uniform(key) + 0 * seen
     metrics = {name: loss for name in ("loss", "grad_norm", "update_norm")}
     return after, metrics | {"skipped": 0 * loss}
+
+
+def _loop(turns: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.lax.fori_loop(0, turns, lambda _, x: jnp.sin(x), x)
+
+
+def _turns(milliseconds: float) -> np.int32:
+    """Of a loop that takes so long here."""
+    loop, many = jax.jit(_loop), np.int32(10**6)
+    loop(many, np.float32(1)).block_until_ready()
+    started = time.perf_counter()
+    loop(many, np.float32(1)).block_until_ready()
+    return np.int32(milliseconds * many / (1e3 * (time.perf_counter() - started)))
 
 
 def _arguments(size: models.Size, batch: int) -> tuple:
@@ -73,11 +94,12 @@ def measure(folder: pathlib.Path, options: argparse.Namespace) -> dict[str, floa
     now, frozen, key = _arguments(size, options.batch)
     put = partial(mesh.put_batch, accumulate=1, mesh=devices)
     step = jax.jit(_small_step, donate_argnums=0)
+    turns = jax.device_put(_turns(options.device_ms))
     starts, ends = [], []
 
     def timed(now: state.TrainState, arrays: dict) -> tuple:
         starts.append(time.perf_counter())
-        result = step(now, frozen, put(arrays), key)
+        result = step(now, frozen, put(arrays), key, turns)
         ends.append(time.perf_counter())
         return result
 
@@ -123,6 +145,9 @@ def main() -> None:
     parser.add_argument("--size", choices=models.SIZES, default="sd15")
     parser.add_argument("--batch", type=timing.positive, default=16, help="images per step")
     parser.add_argument("--repeat", type=timing.positive, default=300, help="steps that count")
+    parser.add_argument(
+        "--device_ms", type=float, default=0, help="how long a device computes a step meanwhile"
+    )
     options = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,6 +159,8 @@ def main() -> None:
         "limit_ms": round(least, 2), "share_of_limit": round(figures["ms"] / least, 4),
         "cpus": os.cpu_count(), **timing.surroundings(),
     }  # fmt: skip
+    if options.device_ms:
+        line["share_shown"] = round(figures["ms"] / options.device_ms - 1, 4)
     print(json.dumps(line), flush=True)
 
 

@@ -111,6 +111,11 @@ def _version(package: str) -> str:
         return ""
 
 
+def kernel(name: str) -> str:
+    """What computes attention on such devices, as a config names it."""
+    return "cudnn" if name.partition(":")[0] in _GPUS else "flash"
+
+
 def options(platform: str) -> dict:
     """What XLA is told beside a program when it plans it for devices of that platform."""
     return _GPU_OPTIONS if platform == "gpu" else {}
