@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, UInt8, UInt32
 
 from slam_jax import pipeline
 from slam_jax.diffusion import parameterization, sampler, schedule
+from slam_jax.nets import kernels
+from slam_jax.runtime import apart
 from slam_jax.shapes import Image, Pixels
 from slam_jax.weights import pretrained
 
@@ -60,7 +62,7 @@ def null_text(model: pretrained.Pretrained, dtype: str) -> Callable:
 
 
 def few_step(
-    model: pretrained.Pretrained, dtype: str, latent_shape: tuple[int, int, int]
+    model: pretrained.Pretrained, dtype: str, attention: str, latent_shape: tuple[int, int, int]
 ) -> Callable[..., Drawn]:
     """(unet_params, vae_params, text, noise, times [S], count, begin) -> images.
 
@@ -68,7 +70,9 @@ def few_step(
     Start.
     """
     computed = pipeline.dtype(dtype)
-    student = pipeline.student(model.unet.config, computed)
+    student = pipeline.student(
+        model.unet.config, computed, attend=kernels.by_name(attention, apart.on_own_examples)
+    )
     decode, *known = _shared(model, computed)
     encode = pipeline.encode_image(model.vae.config, computed)
 
@@ -88,14 +92,17 @@ def few_step(
 
 
 def guided(
-    model: pretrained.Pretrained, dtype: str, latent_shape: tuple[int, int, int], steps: int
-) -> Callable[..., Drawn]:
+    model: pretrained.Pretrained, dtype: str, attention: str, latent_shape: tuple[int, int, int],
+    steps: int,
+) -> Callable[..., Drawn]:  # fmt: skip
     """(unet_params, vae_params, text, null_text, noise, w) -> images, by DDIM.
 
     noise: [S, B, h, w, C], of which the first counts, or Seeds.
     """
     computed = pipeline.dtype(dtype)
-    teacher = pipeline.teacher(model.unet.config, computed)
+    teacher = pipeline.teacher(
+        model.unet.config, computed, kernels.by_name(attention, apart.on_own_examples)
+    )
     shared = _shared(model, computed)
 
     def draw(unet_params, vae_params, text, null_text, noise, w) -> Drawn:

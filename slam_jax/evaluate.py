@@ -182,7 +182,8 @@ def _candidates(protocol: Protocol, copies: Sequence[tuple[str, str]]) -> list[C
     found = []
     for name, model, is_student in zip(names, models, kinds, strict=True):
         entries = _entries(protocol.comparison, model, is_student)
-        found.append((name, model, protocol.comparison.dtype, entries))
+        wanted = protocol.comparison
+        found.append((name, model, wanted.dtype, wanted.attention, entries))
     return [drawing.candidate(*each) for each in found]
 
 
@@ -276,7 +277,9 @@ def _score(setup: Setup, real: Reference, step: int, student: pretrained.Pretrai
     """Adds the step's line, and keeps the student if it is the best."""
     wanted, metric = setup.protocol.comparison, setup.protocol.metrics[0]
     entries = _entries(wanted, student, is_student=True)
-    candidates = [drawing.candidate(f"step {step}", student, wanted.dtype, entries)]
+    candidates = [
+        drawing.candidate(f"step {step}", student, wanted.dtype, wanted.attention, entries)
+    ]
     _draw(setup, candidates)
     rows = comparison.rows(setup, candidates, real)
     new = history.line(step, candidates[0].identity, setup.digest, rows)

@@ -29,7 +29,7 @@ from slam_jax.drawing_programs import ORIGINAL_STEPS, Drawn, Seeds, Start
 from slam_jax.errors import UserError
 from slam_jax.evaluation.noise import Noise
 from slam_jax.nets import unet
-from slam_jax.runtime import executables, mesh
+from slam_jax.runtime import apart, executables, mesh
 from slam_jax.weights import pretrained
 
 BATCH_SIZES = (1, 2, 4, 8, 16)  # on each device
@@ -47,6 +47,7 @@ class Drawer:
     image_size: tuple[int, int]  # height and width, pixels
     latent_shape: tuple[int, int, int]
     dtype: str
+    attention: str
     devices: Mesh
     is_student: bool
     programs: dict[tuple, jax.stages.Compiled]
@@ -56,14 +57,16 @@ class Drawer:
 
 def start(
     model: pretrained.Pretrained, image_size: tuple[int, int] | None = None,
-    dtype: str = "float32", devices: Mesh | None = None,
+    dtype: str = "float32", attention: str = "xla", devices: Mesh | None = None,
 ) -> Drawer:  # fmt: skip
     """The model, its parameters read or unread, whole on every device.
 
     image_size: height and width, pixels; those that the model was trained for unless given. dtype:
-    in which it computes. devices: along one axis, "data"; the first of this machine unless given.
+    in which it computes. attention: how the UNet's is computed, as in a config; UserError if that
+    is not for the devices. devices: along one axis, "data"; the first of this machine unless given.
     """
     devices = mesh.make((("data", -1),), jax.devices()[:1]) if devices is None else devices
+    apart.check_attention(attention, devices)
     at_rest, everywhere = pipeline.at_rest(pipeline.dtype(dtype)), mesh.replicated(devices)
     model = pretrained.load(
         model, place=lambda path, x: jax.device_put(at_rest(path, x), everywhere)
@@ -82,6 +85,7 @@ def start(
         image_size=(height, width),
         latent_shape=(height // factor, width // factor, channels),
         dtype=dtype,
+        attention=attention,
         devices=devices,
         is_student=students.is_student(model),
         programs={},
@@ -187,7 +191,8 @@ def _guided(drawer: Drawer, text, noise: Seeds | Noise, steps: int, w: float) ->
 
 def _run(drawer: Drawer, build: Callable, given: tuple, text, *arguments) -> Drawn:
     params = (drawer.model.unet.params, drawer.model.vae.params)
-    return _program(drawer, build, (drawer.latent_shape, *given), params, text, *arguments)
+    known = (drawer.attention, drawer.latent_shape, *given)
+    return _program(drawer, build, known, params, text, *arguments)
 
 
 def _program(drawer: Drawer, build: Callable, given: tuple, params: tuple, *arguments) -> Any:
@@ -197,9 +202,10 @@ def _program(drawer: Drawer, build: Callable, given: tuple, params: tuple, *argu
     with drawer.lock:
         if key not in drawer.programs:
             bare = pretrained.without_params(drawer.model)
-            drawer.programs[key] = executables.load(
-                build, (bare, drawer.dtype, *given), *params, *arguments
-            )  # fmt: skip
+            with apart.scope(drawer.devices):
+                drawer.programs[key] = executables.load(
+                    build, (bare, drawer.dtype, *given), *params, *arguments
+                )
     return drawer.programs[key](*params, *arguments)
 
 

@@ -5,6 +5,7 @@
     python -m slam_jax.sample --model runs/tiny/student --steps 2 --out out.png \
         --prompt "a green triangle left of a yellow cross"
 
+On an NVIDIA GPU of Ampere or later: --dtype=bfloat16 --attention=cudnn.
 Without --model the student draws that comes with the package; it knows two coloured shapes.
 """
 
@@ -26,8 +27,8 @@ from slam_jax import command, interactive, pipeline, settings, students
 from slam_jax.data import image as image_file
 from slam_jax.errors import UserError
 from slam_jax.evaluation.noise import Noise
-from slam_jax.nets import unet
-from slam_jax.runtime import bucket, folder, images, log, mesh
+from slam_jax.nets import kernels, unet
+from slam_jax.runtime import apart, bucket, folder, images, log, mesh
 from slam_jax.weights import embedded, hub, lora, pretrained
 
 _MODEL = flags.DEFINE_string(
@@ -61,6 +62,7 @@ _OUT = flags.DEFINE_string(
     "per prompt with the settings in its text chunk.",
     allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
+_NETWORKS = command.network_flags(pipeline.DTYPES, kernels.BY_NAME)
 
 _COLUMNS = 4
 
@@ -79,6 +81,8 @@ def main() -> None:
 
 def _sample(model_name: str, prompts: list[str], out: Path) -> int:
     """Writes the pictures; how many steps they were drawn in."""
+    devices = mesh.make((("data", -1),))
+    apart.check_attention(_NETWORKS()["attention"], devices)
     model = pretrained.load(hub.find(model_name, _REVISION.value, _VARIANT.value, _CONFIG.value))
     for path, scale in map(_file_and_scale, _LORA.value):
         model = lora.apply(model, path, scale)
@@ -92,7 +96,7 @@ def _sample(model_name: str, prompts: list[str], out: Path) -> int:
     interactive.check_steps(model.scheduler, steps, strength)
     size, noise_of = _noise(_NOISE.value, model, steps, len(prompts))
     picture = _init_image(_INIT_IMAGE.value, size)
-    drawer = interactive.start(model, size, devices=mesh.make((("data", -1),)))
+    drawer = interactive.start(model, size, **_NETWORKS(), devices=devices)
     _save(out, _draw_all(drawer, prompts, steps, noise_of, picture), prompts, steps)
     return steps
 
@@ -218,6 +222,7 @@ def _settings(number: int, prompt: str, steps: int) -> str:
     """What would draw picture `number` again, as JSON."""
     given = (_REVISION, _VARIANT, _CONFIG, _LORA, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
     values = {flag.name: flag.value for flag in given if flag.value not in (None, "", [])}
+    values |= _NETWORKS()
     model, _ = embedded.named(_MODEL.value)
     about = {"prompt": prompt, "number": number, "steps": steps, "model": model}
     return json.dumps({**about, **values})

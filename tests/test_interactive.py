@@ -15,7 +15,8 @@ from slam_jax.data import text_inputs
 from slam_jax.diffusion import parameterization, schedule
 from slam_jax.errors import UserError
 from slam_jax.evaluation import noise as image_noise
-from slam_jax.runtime import mesh
+from slam_jax.nets import kernels
+from slam_jax.runtime import apart, mesh
 from slam_jax.weights import pretrained, templates
 from slam_jax.weights import student as student_folder
 
@@ -156,6 +157,39 @@ def test_a_teacher_takes_any_guidance_without_being_compiled(tiny_folder):
     with counted() as counts:
         second = interactive.pictures(teacher, ["a cat"], [0], 2, w=4.0)
     assert not any(counts.values()) and (first != second).any()
+
+
+def test_a_kernel_of_attention_is_called_by_every_device(drawer, folder, monkeypatch):
+    """In the place of a TPU's, which XLA cannot cut: one that sees how many examples it gets."""
+    seen = set()
+
+    def kernel(query, key, value):
+        seen.add(query.shape[0])
+        return kernels.attend(query, key, value)
+
+    monkeypatch.setitem(kernels.BY_NAME, "flash", kernel)
+    monkeypatch.setitem(apart._MADE_FOR, "flash", ("CPUs", ("cpu",)))
+    two = mesh.make((("data", 2),), jax.devices()[:2])
+    cut = interactive.start(pretrained.find(folder), attention="flash", devices=two)
+    asked = ["a", "b", "c", "d"], range(4), 2
+    drawn, wanted = (interactive.pictures(each, *asked).astype(int) for each in (cut, drawer))
+    assert seen == {2}
+    assert np.abs(drawn - wanted).max() <= 1
+
+
+def test_half_precision_draws_nearly_the_same(drawer, folder):
+    half = interactive.start(pretrained.find(folder), dtype="bfloat16")
+    kernel = half.model.unet.params["conv_in"]["kernel"]
+    assert kernel.dtype == "bfloat16"
+    asked = ["a", "b"], range(2), 2
+    drawn, wanted = (interactive.pictures(each, *asked).astype(int) for each in (half, drawer))
+    assert 0 < np.abs(drawn - wanted).mean() < 4
+
+
+def test_attention_that_is_not_for_these_devices_is_refused(folder):
+    message = "attention=cudnn is made for NVIDIA GPUs, not for cpu; use xla"
+    with pytest.raises(UserError, match=message):
+        interactive.start(pretrained.find(folder), attention="cudnn")
 
 
 def test_memory_is_known_of_programs_from_files_too(drawer, folder):

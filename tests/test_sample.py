@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from slam_jax import drawing_programs, interactive, sample, students
+from slam_jax.errors import UserError
 from slam_jax.nets import lora as lora_tree
 from slam_jax.runtime import mesh
 from slam_jax.weights import lora, pretrained
@@ -178,6 +179,15 @@ def test_a_folder_gets_numbered_pictures_with_their_settings(student, noise, tmp
             settings = json.loads(picture.text["slam_jax"])
         assert settings["prompt"] == prompt and settings["steps"] == STEPS
         assert settings["model"] == str(student) and settings["number"] == int(path.stem)
+        assert (settings["dtype"], settings["attention"]) == ("float32", "xla")
+
+
+def test_attention_of_other_devices_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "load", None)
+    with pytest.raises(UserError, match="attention=flash is made for TPUs, not for cpu; use xla"):
+        _run(tmp_path, monkeypatch, "--attention=flash")
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS["attention"].unparse()
 
 
 def test_images_do_not_depend_on_batches_and_devices(tiny_folder, tmp_path, monkeypatch):

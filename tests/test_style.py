@@ -272,7 +272,7 @@ BELOW = {
     "students": ZERO | {"diffusion", "nets", "weights"},
 }
 BELOW["runtime"] = ZERO | {"kept"}
-BELOW["drawing_programs"] = ZERO | {"diffusion", "pipeline", "weights"}
+BELOW["drawing_programs"] = ZERO | {"diffusion", "nets", "pipeline", "runtime", "weights"}
 BELOW["experiment"] = set(BELOW) - {"__init__", "runtime", "metrics"}
 BELOW["evaluation"] = set(BELOW) - {"__init__", "experiment", "distill"}
 BELOW["run_report"] = ZERO | {"evaluation", "runtime"}

@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
             spacing="trailing",
             batch_size=16,
             dtype="bfloat16",
+            attention="xla",
         )
     )
     return config

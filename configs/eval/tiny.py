@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
             spacing="trailing",  # DDIM and students start at the last time too
             batch_size=128,
             dtype="float32",
+            attention="xla",
         )
     )
     return config

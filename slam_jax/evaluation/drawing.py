@@ -13,7 +13,7 @@ from slam_jax import pipeline
 from slam_jax.data import text_inputs
 from slam_jax.evaluation import noise, protocol, samplers
 from slam_jax.evaluation.samplers import Entry
-from slam_jax.runtime import executables, images
+from slam_jax.runtime import apart, executables, images
 from slam_jax.weights import fingerprint, pretrained
 
 Pictures = UInt8[np.ndarray, "B H W 3"]
@@ -25,6 +25,7 @@ class Candidate(NamedTuple):
     name: str
     model: pretrained.Pretrained  # its parameters read or unread
     dtype: str  # in which it computes
+    attention: str  # how the UNet's is computed
     entries: tuple[Entry, ...]
     identity: str  # sha256 of all of it that an image depends on, but the entries
 
@@ -34,6 +35,7 @@ class Artist(NamedTuple):
 
     model: pretrained.Pretrained  # its parameters on the devices
     dtype: np.dtype
+    attention: str
     encoded: Mapping[str, np.ndarray]  # [N, ...], the captions
     null_text: Any
     latent_shape: tuple[int, int, int]
@@ -42,7 +44,7 @@ class Artist(NamedTuple):
 
 
 def candidate(
-    name: str, model: pretrained.Pretrained, dtype: str, entries: Sequence[Entry]
+    name: str, model: pretrained.Pretrained, dtype: str, attention: str, entries: Sequence[Entry]
 ) -> Candidate:
     """Reads every parameter once, for the sake of its identity."""
     tokens = text_inputs.read(model.tokenizer, model.tokenizer_2)
@@ -54,8 +56,9 @@ def candidate(
         "tokenizers": text_inputs.fingerprints(tokens),
         "zeros": model.force_zeros_for_empty_prompt,
         "dtype": dtype,
+        "attention": attention,
     }
-    return Candidate(name, model, dtype, tuple(entries), protocol.of_json(told))
+    return Candidate(name, model, dtype, attention, tuple(entries), protocol.of_json(told))
 
 
 def _of_text_encoder(encoder: pretrained.Component | None) -> list | None:
@@ -65,7 +68,8 @@ def _of_text_encoder(encoder: pretrained.Component | None) -> list | None:
 def start(
     candidate: Candidate, captions: list[str], image_size: int, seed: int, devices: Mesh
 ) -> Artist:
-    """The model, whole on every device."""
+    """The model, whole on every device; UserError if its attention is not for them."""
+    apart.check_attention(candidate.attention, devices)
     everywhere = NamedSharding(devices, P())
     dtype = pipeline.dtype(candidate.dtype)
     at_rest = pipeline.at_rest(dtype)
@@ -84,6 +88,7 @@ def start(
     return Artist(
         model=model,
         dtype=dtype,
+        attention=candidate.attention,
         encoded=tokens.encode(captions, size),
         null_text=encode_null_text(pipeline.text_params(model), empty),
         latent_shape=pipeline.latent_shape(model, image_size),
@@ -110,6 +115,7 @@ def drawer(artist: Artist, entry: Entry, batch_size: int) -> Callable[[np.ndarra
         return *fixed, text, artist.null_text, jax.device_put(noise_of(numbers), columns)
 
     first = inputs(np.zeros(batch_size, np.int64))
-    given = (pretrained.without_params(model), entry, artist.dtype.name)
-    compiled = executables.load(samplers.build, given, *first)
+    given = (pretrained.without_params(model), entry, artist.dtype.name, artist.attention)
+    with apart.scope(artist.devices):
+        compiled = executables.load(samplers.build, given, *first)
     return lambda numbers: images.quantize(jax.device_get(compiled(*inputs(numbers))))

@@ -66,6 +66,7 @@ def of_run(settings: Settings) -> Protocol:
         comparison=protocols.Comparison(
             (), ("ddim",), TEACHER_STEPS, STUDENT_STEPS, (settings.distill.w,),
             settings.distill.num_subpaths, _SPACING, _BATCH_SIZE, settings.teacher.dtype,
+            settings.attention,
         ),
     )  # fmt: skip
 
@@ -116,7 +117,9 @@ def _candidates(teacher, student, settings: Settings) -> list[Candidate]:
     distill, known = settings.distill, ("ddim", samplers.FEW_STEP)
     grid = (distill.w,), distill.num_subpaths, _SPACING
     return [
-        drawing.candidate(name, model, dtype, samplers.entries(model, known, steps, *grid))
+        drawing.candidate(
+            name, model, dtype, settings.attention, samplers.entries(model, known, steps, *grid)
+        )
         for name, model, dtype, steps in (
             ("teacher", teacher, settings.teacher.dtype, TEACHER_STEPS),
             ("student", student, settings.student.dtype, STUDENT_STEPS),

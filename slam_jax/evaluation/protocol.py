@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from slam_jax.errors import UserError
 from slam_jax.evaluation import inception
+from slam_jax.nets import kernels
 from slam_jax.settings import as_dict, read
 
 PROMPT_SOURCES = ("shapes2d", "coco", "lines")
@@ -89,6 +90,7 @@ class Comparison(NamedTuple):
     spacing: str  # timestep_spacing of other samplers: trailing, linspace, leading; "": the model's
     batch_size: int  # images at a time, on each device
     dtype: str  # in which models compute
+    attention: str  # how UNets' is computed: xla, flash (a kernel for TPUs), cudnn (NVIDIA GPUs)
 
 
 class Protocol(NamedTuple):
@@ -126,6 +128,7 @@ def from_config(config: Mapping[str, Any]) -> Protocol:
     _one_of("reference.source", reference.source, REFERENCE_SOURCES)
     _one_of("reference.crop", reference.crop, CROPS)
     _one_of("comparison.spacing", comparison.spacing, SPACINGS)
+    _one_of("comparison.attention", comparison.attention, tuple(kernels.BY_NAME))
     for metric in protocol.metrics or ("",):
         _one_of("metrics", metric, METRICS)
     _at_least(2, "prompts.count", prompts.count)

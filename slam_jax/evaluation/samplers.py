@@ -6,6 +6,9 @@ from typing import NamedTuple
 from slam_jax import pipeline, students
 from slam_jax.diffusion import parameterization, sampler, schedule, spacing
 from slam_jax.errors import UserError
+from slam_jax.nets import kernels
+from slam_jax.runtime import apart
+from slam_jax.shapes import Image
 from slam_jax.weights import pretrained
 
 # Of students; those of other models are sampler.GUIDED.
@@ -97,19 +100,21 @@ def num_noises(entry: Entry) -> int:
     return entry.steps if entry.sampler == FEW_STEP else 1
 
 
-def build(model: pretrained.Pretrained, entry: Entry, dtype: str) -> Callable:
+def build(
+    model: pretrained.Pretrained, entry: Entry, dtype: str, attention: str
+) -> Callable[..., Image]:
     """(unet_params, vae_params, text, null_text, noise [S, B, h, w, C]) -> images in [0, 1].
 
     Of the model, configs alone count.
     """
-    computed = pipeline.dtype(dtype)
+    computed, attend = pipeline.dtype(dtype), kernels.by_name(attention, apart.on_own_examples)
     shared = (
         pipeline.decode(model.vae.config, computed),
         schedule.from_config(model.scheduler),
         parameterization.prediction_from_config(model.scheduler),
     )
     if entry.sampler == FEW_STEP:
-        student = pipeline.student(model.unet.config, computed)
+        student = pipeline.student(model.unet.config, computed, attend=attend)
         few_step = pipeline.few_step(student, *shared, entry.steps, entry.original_steps)
 
         def draw(unet, vae, text, null_text, noise):
@@ -117,7 +122,7 @@ def build(model: pretrained.Pretrained, entry: Entry, dtype: str) -> Callable:
             return few_step(unet, vae, text, noise)
 
         return draw
-    teacher = pipeline.teacher(model.unet.config, computed)
+    teacher = pipeline.teacher(model.unet.config, computed, attend)
     guided = pipeline.guided(
         entry.sampler, teacher, *shared, _scheduler(model, entry), entry.steps, entry.w
     )

@@ -74,7 +74,7 @@ def candidates(models):
     names, samplers_known = ("teacher", "student"), ("heun", "few_step")
     return [
         drawing.candidate(
-            name, model, "float32",
+            name, model, "float32", "xla",
             samplers.entries(model, samplers_known, (2,), (2.0,), 50, "trailing"),
         )
         for name, model in zip(names, models, strict=True)
@@ -121,7 +121,7 @@ def test_a_runs_later_students_are_drawn_by_the_program_of_its_first(
 ):
     def drawn(student):
         (entry,) = samplers.entries(student, ("few_step",), (1,), (), 50, "trailing")
-        chosen = drawing.candidate("student", student, "float32", [entry])
+        chosen = drawing.candidate("student", student, "float32", "xla", [entry])
         artist = drawing.start(chosen, ["a red circle"] * 2, 32, 0, setup.devices)
         return drawing.drawer(artist, entry, 2)(np.arange(2))
 
@@ -277,8 +277,9 @@ def test_identity_is_of_all_that_draws(models, candidates):
         student._replace(unet=student.unet._replace(
             params=jax.tree.map(lambda leaf: leaf * 1.001, student.unet.params))),
     ]  # fmt: skip
-    made = [drawing.candidate("a", each, "float32", ()) for each in (student, *changed)]
-    made.append(drawing.candidate("b", student, "bfloat16", ()))
+    made = [drawing.candidate("a", each, "float32", "xla", ()) for each in (student, *changed)]
+    made.append(drawing.candidate("b", student, "bfloat16", "xla", ()))
+    made.append(drawing.candidate("b", student, "float32", "cudnn", ()))
     assert made[0].identity == candidates[1].identity
     assert len({each.identity for each in made}) == len(made)
 

@@ -89,6 +89,7 @@ def test_the_hash_depends_on_what_changes_a_number_alone():
         ("reference.count", 0, "shapes2d has no end"),
         ("comparison.student_steps", (4, 0), "steps 0 must be"),
         ("comparison.spacing", "karras", "'karras' is not known"),
+        ("comparison.attention", "flash2", "there are 'xla', 'flash', 'cudnn'"),
         ("clip.model", "folder", r"clip\.model 'folder': give clip and its network, or neither"),
         ("metrics", ("fid", "clip"), r"clip\.model '': give clip and its network"),
     ],
