@@ -150,11 +150,18 @@ def test_what_a_command_names_is_there(commands):
         words = documented.parts(command)[1]
         if words[0] == "make":
             assert words[1] in targets, command
-        for extras in re.findall(r"slam_jax\[([\w,]+)\]", command):
+        for extras in re.findall(r"slam_jax\[([\w,-]+)\]", command):
             assert {*extras.split(",")} <= {*project["optional-dependencies"]}, command
         for word in words:
             if re.match(r"(configs|launch|benchmarks|tests|assets)/", word):
                 assert (ROOT / word).exists(), command
+
+
+def test_extras_have_names_that_every_pip_finds():
+    """Until 23.3 pip looked for a_b where setuptools had written a-b, and warned in passing."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra in project["optional-dependencies"]:
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)*", extra), extra
 
 
 def test_every_program_is_in_the_reference():

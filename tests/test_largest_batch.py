@@ -51,4 +51,4 @@ def test_without_libtpu_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["largest_batch.py", *arguments])
     with pytest.raises(SystemExit, match="2"):
         largest_batch.main()
-    assert "pip install 'slam_jax[tpu_topology]'" in capsys.readouterr().err.splitlines()[-1]
+    assert "pip install 'slam_jax[tpu-topology]'" in capsys.readouterr().err.splitlines()[-1]

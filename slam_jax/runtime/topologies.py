@@ -132,7 +132,7 @@ def _tpus(name: str) -> list[jax.Device]:
     if not _version("libtpu"):
         raise UserError(
             f"--topology {name} needs the package libtpu, which compiles for TPUs on any Linux "
-            "machine: pip install 'slam_jax[tpu_topology]'"
+            "machine: pip install 'slam_jax[tpu-topology]'"
         )
     # A host of TPUs has four chips, but for a slice of one.
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if re.search(r":1x1(x1)?$", name) else {}
@@ -163,7 +163,7 @@ def _gpus(name: str, gpu: _Gpu, shape: str, attention: str) -> list[jax.Device]:
 
 def _check_cuda(name: str, attention: str) -> None:
     """UserError without XLA's compiler for GPUs, and cuDNN where attention is computed by it."""
-    remedy = "pip install 'slam_jax[gpu_topology]'"
+    remedy = "pip install 'slam_jax[gpu-topology]'"
     plugin = next((package for package in _CUDA if _version(package)), None)
     if plugin is None:
         raise UserError(

@@ -68,8 +68,8 @@ def test_no_such_number_of_gpus(name, installed, asked):
 
 
 @pytest.mark.parametrize(("lacking", "attention", "remedy"), [
-    ("jax-cuda12-plugin", "xla", r"pip install 'slam_jax\[gpu_topology\]'"),
-    ("nvidia-cudnn-cu12", "cudnn", r"nvidia-cudnn-cu12: pip install 'slam_jax\[gpu_topology\]'"),
+    ("jax-cuda12-plugin", "xla", r"pip install 'slam_jax\[gpu-topology\]'"),
+    ("nvidia-cudnn-cu12", "cudnn", r"nvidia-cudnn-cu12: pip install 'slam_jax\[gpu-topology\]'"),
 ])  # fmt: skip
 def test_what_is_missing_is_named_with_the_remedy(lacking, attention, remedy, installed, asked):
     topologies.devices("rtx4090", attention)
@@ -87,7 +87,7 @@ def test_a_plugin_of_another_version_is_named_with_the_right_one(installed, aske
 
 def test_without_libtpu_one_line_says_what_to_install(installed):
     del installed["libtpu"]
-    with pytest.raises(UserError, match=r"pip install 'slam_jax\[tpu_topology\]'"):
+    with pytest.raises(UserError, match=r"pip install 'slam_jax\[tpu-topology\]'"):
         topologies.devices("v5e:2x2")
 
 
