@@ -25,7 +25,7 @@ _WINDOW = re.compile(r"(\w+)=([\dx_-]+)")
 _CONTRACTING = re.compile(r"lhs_contracting_dim(?:s|ensions\")[=:][{\[]([\d,\"]*)[}\]]")
 _TARGET = re.compile(r"custom_call_target=\"([^\"]*)\"")
 # Of NVIDIA's libraries: what each takes and gives, by the part it has in the convolution, and how
-# many products an attention makes. The last result of each is scratch memory.
+# many products an attention makes. The last of several results is scratch memory.
 _CONVOLUTIONS = {
     "__cudnn$convForward": "iko", "__cudnn$convBiasActivationForward": "iko",
     "__cudnn$convBackwardInput": "oki", "__cudnn$convBackwardFilter": "iok",
@@ -173,7 +173,7 @@ def _moved(instruction: Instruction, shapes: Mapping[str, str], program: Program
     if instruction.operation.endswith("-start"):
         return written  # of which one half is what is read
     if _target(instruction).startswith(_LIBRARIES):
-        written -= sizes(instruction.shape)[-1]
+        written -= sum(sizes(instruction.shape)[1:][-1:])  # scratch
     return written + sum(sum(sizes(shape, main_memory=True)) for shape in operands)
 
 
