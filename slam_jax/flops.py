@@ -13,8 +13,8 @@ def count(jaxpr: core.Jaxpr, *, unrolled: bool = True) -> int:
     """Multiplications and additions of all dot_general and conv_general_dilated, loops unrolled.
 
     Padding counts as if it were data. Of the branches of a `cond` the dearest counts, and a
-    kernel's body as often as its grid has places. unrolled: False counts as XLA does, the body of
-    a loop once and kernels not at all.
+    kernel's body as often as its grid has places. unrolled: False counts as XLA's text can be
+    counted, the body of a loop once and kernels but cuDNN's not at all.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -28,10 +28,10 @@ def count(jaxpr: core.Jaxpr, *, unrolled: bool = True) -> int:
                 places = math.prod(equation.params["grid_mapping"].grid)
                 total += places * sum(inner) if unrolled else 0
             case "dot_product_attention_fwd_wrapper":
-                total += 2 * _product_of_attention(equation) if unrolled else 0
+                total += 2 * _product_of_attention(equation)
             case "dot_product_attention_bwd_wrapper":
                 # Queries with keys once more, and a gradient for each factor of both products.
-                total += 5 * _product_of_attention(equation) if unrolled else 0
+                total += 5 * _product_of_attention(equation)
             case "scan":
                 total += (equation.params["length"] if unrolled else 1) * sum(inner)
             case "cond":

@@ -28,7 +28,7 @@ from slam_jax.data import image as image_file
 from slam_jax.errors import UserError
 from slam_jax.evaluation.noise import Noise
 from slam_jax.nets import kernels, unet
-from slam_jax.runtime import apart, bucket, folder, images, log, mesh
+from slam_jax.runtime import bucket, folder, images, log, mesh
 from slam_jax.weights import embedded, hub, lora, pretrained
 
 _MODEL = flags.DEFINE_string(
@@ -81,8 +81,6 @@ def main() -> None:
 
 def _sample(model_name: str, prompts: list[str], out: Path) -> int:
     """Writes the pictures; how many steps they were drawn in."""
-    devices = mesh.make((("data", -1),))
-    apart.check_attention(_NETWORKS()["attention"], devices)
     model = pretrained.load(hub.find(model_name, _REVISION.value, _VARIANT.value, _CONFIG.value))
     for path, scale in map(_file_and_scale, _LORA.value):
         model = lora.apply(model, path, scale)
@@ -96,7 +94,7 @@ def _sample(model_name: str, prompts: list[str], out: Path) -> int:
     interactive.check_steps(model.scheduler, steps, strength)
     size, noise_of = _noise(_NOISE.value, model, steps, len(prompts))
     picture = _init_image(_INIT_IMAGE.value, size)
-    drawer = interactive.start(model, size, **_NETWORKS(), devices=devices)
+    drawer = interactive.start(model, size, **_NETWORKS(), devices=mesh.make((("data", -1),)))
     _save(out, _draw_all(drawer, prompts, steps, noise_of, picture), prompts, steps)
     return steps
 

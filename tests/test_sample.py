@@ -182,8 +182,7 @@ def test_a_folder_gets_numbered_pictures_with_their_settings(student, noise, tmp
         assert (settings["dtype"], settings["attention"]) == ("float32", "xla")
 
 
-def test_attention_of_other_devices_is_refused_before_weights_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "load", None)
+def test_attention_of_other_devices_is_refused(noise, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="attention=flash is made for TPUs, not for cpu; use xla"):
         _run(tmp_path, monkeypatch, "--attention=flash")
     flags.FLAGS.unparse_flags()
