@@ -51,12 +51,14 @@ run() {
     if ((left < 20)); then
         echo "skipped, since $seconds_in_all s are over: $*" >&2
         failed=1
-        return
+        return 1
     fi
     echo "$* ($((SECONDS - started)) s)" >&2
+    local status=0
     timeout "$left" "$python" -W ignore "benchmarks/$1.py" "${@:2}" 2>/tmp/gpu.sh.$$ | tee -a "$out" ||
-        { echo "failed: $*: $(tail -n 1 /tmp/gpu.sh.$$)" >&2; failed=1; }
+        { echo "failed: $*: $(tail -n 1 /tmp/gpu.sh.$$)" >&2; failed=1 status=1; }
     rm -f /tmp/gpu.sh.$$
+    return "$status"
 }
 
 impl=(jax)
@@ -72,8 +74,8 @@ common=(--size "$size" --dtype "$dtype" --repeat "$repeat")
 export XLA_PYTHON_CLIENT_MEM_FRACTION=$alone
 run peak --dtype "$dtype" "${peak[@]}"
 run train_step "${common[@]}" --batch "$batch" --cached
-run train_step "${common[@]}" --batch "$batch" --cached --attention cudnn
-run sampler "${common[@]}" --batch "$batch" --steps 4 --attention cudnn
+# From here on by cuDNN, if it can.
+run train_step "${common[@]}" --batch "$batch" --cached --attention cudnn && common+=(--attention cudnn)
 [[ ${#impl[@]} == 1 ]] || export XLA_PYTHON_CLIENT_PREALLOCATE=false
 run train_step "${common[@]}" --batch "$batch" --cached --impl "${impl[@]}"
 run sampler "${common[@]}" --batch "$batch" --steps 4 --impl "${impl[@]}"
@@ -87,7 +89,7 @@ done
 run train_step "${common[@]}" --batch "$batch" --remat all
 if has ml_collections grain array_record tensorboardX tqdm tokenizers msgpack; then
     run overhead --size "$size" --batch "$batch"
-    run compile --config "configs/$size.py" --batch "$batch"
+    run compile --config "configs/$size.py" --batch "$batch" "${common[@]:6}"
 else
     echo "skipped: the loop's overhead and compiling, since packages are missing and pip cannot fetch them" >&2
 fi

@@ -339,9 +339,26 @@ def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
     (results,) = tmp_path.glob("*-some-gpu-9.jsonl")
     commands = [json.loads(line)["program"] for line in results.read_text().splitlines()]
     kinds = collections.Counter(pathlib.PurePath(each.split()[0]).stem for each in commands)
-    assert kinds == {"peak": 1, "train_step": 3, "sampler": 9, "overhead": 1, "compile": 1}
+    assert kinds == {"peak": 1, "train_step": 3, "sampler": 8, "overhead": 1, "compile": 1}
     for command in commands[1:-2]:
         assert "--size tiny --dtype bfloat16 --repeat 10" in command
+    by_cudnn = ["--attention cudnn" in each for each in commands]
+    assert not any(by_cudnn[:2]) and by_cudnn[2:] == [True] * 10 + [False, True]
+
+
+def test_gpu_script_keeps_to_xla_where_cudnn_fails(tmp_path):
+    interpreter = tmp_path / "python"
+    fails = INTERPRETER.replace("train_step*torch", "cudnn").replace("out of memory", "no cuDNN")
+    interpreter.write_text(fails.format(python=sys.executable))
+    interpreter.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHON": str(interpreter), "SIZE": "tiny", "DEVICE_NAME": "gpu"},
+    )  # fmt: skip
+    (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert failure.endswith("--attention cudnn: no cuDNN")
+    (results,) = tmp_path.glob("*-gpu.jsonl")
+    assert "cudnn" not in results.read_text() and results.read_text().count("sampler") == 8
 
 
 def _answers(folder, name, seed, quality):

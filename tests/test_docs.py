@@ -36,7 +36,7 @@ PLACES = (
     (r".*runs/(sd15|sdxl)", HARDWARE),
     (r".*(stable-diffusion-v1-5|stable-diffusion-xl)/?", HARDWARE),
     (rf"{MAIN}sd15\.py .*--dry_run", HOURS + ", and tests/test_dry_run.py is the same"),
-    (rf"{MAIN}tiny\.py --dry_run --topology", HOURS + "; tests/test_scaling.py compiles so"),
+    (rf"{MAIN}\w+\.py --dry_run --topology", HOURS + "; tests/test_scaling.py compiles so"),
     (r"make install", NETWORK + "; make minimal installs the same"),
     (r"make demo|make test", "tests/test_main.py::test_run_folder_is_complete"),
     (rf"{MAIN}tiny\.py .*student\.lora", "tests/test_lora_run.py::test_resumed_run_goes_on"),
