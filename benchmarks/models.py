@@ -39,6 +39,22 @@ _TINY = {
         hidden_act="quick_gelu",
     ),
 }  # fmt: skip
+# The demo's as SDXL: a second text encoder, pooled, sizes of images, transformers two blocks deep.
+_TINY_SDXL = {
+    "unet": _TINY["unet"] | dict(
+        sample_size=8, attention_head_dim=[4, 8], transformer_layers_per_block=[1, 2],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"], cross_attention_dim=64 + 96,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=48 + 6 * 16,
+    ),
+    "vae": _TINY["vae"],
+    "text_encoder": _TINY["text_encoder"],
+    "text_encoder_2": _TINY["text_encoder"] | dict(
+        hidden_size=96, projection_dim=48, hidden_act="gelu",
+        architectures=["CLIPTextModelWithProjection"],
+    ),
+}  # fmt: skip
 
 
 class Lora(NamedTuple):
@@ -68,12 +84,25 @@ class Start(NamedTuple):
 
 def _tiny() -> Size:
     """The networks of the demo."""
-    networks = {
-        part.name: pretrained.Component(_TINY[part.name], part.template(_TINY[part.name]))
-        for part in (pretrained.UNET, pretrained.VAE, pretrained.TEXT_ENCODER)
-    }
     like = architectures.find("stable-diffusion-v1-5/stable-diffusion-v1-5")
-    return Size(like._replace(**networks), 32, None)
+    return Size(_with(like, _TINY), 32, None)
+
+
+def _tiny_sdxl_lora() -> Size:
+    like = architectures.find("stabilityai/stable-diffusion-xl-base-1.0")
+    return Size(_with(like, _TINY_SDXL), 32, Lora(4, 4.0, _LORA_TARGETS))
+
+
+def _with(like: pretrained.Pretrained, configs: Mapping[str, dict]) -> pretrained.Pretrained:
+    """The model with networks of these configs."""
+    parts = (
+        pretrained.UNET, pretrained.VAE, pretrained.TEXT_ENCODER, pretrained.TEXT_ENCODER_2
+    )  # fmt: skip
+    networks = {
+        part.name: pretrained.Component(configs[part.name], part.template(configs[part.name]))
+        for part in parts if part.name in configs
+    }  # fmt: skip
+    return like._replace(**networks)
 
 
 def _sd15() -> Size:
@@ -90,7 +119,8 @@ def _sdxl_lora() -> Size:
 
 
 SIZES: dict[str, Callable[[], Size]] = {
-    "tiny": _tiny, "sd15": _sd15, "sd21": _sd21, "sdxl_lora": _sdxl_lora
+    "tiny": _tiny, "tiny_sdxl_lora": _tiny_sdxl_lora, "sd15": _sd15, "sd21": _sd21,
+    "sdxl_lora": _sdxl_lora,
 }  # fmt: skip
 
 

@@ -88,15 +88,19 @@ def test_train_step_prints_what_a_call_costs():
     assert line["executed_flops"] == pytest.approx(line["cost_analysis_flops"], rel=0.25)
 
 
-def test_torch_takes_the_same_steps():
-    """From equal weights and draws, an example on each device of ours.
+@pytest.mark.parametrize("options", [
+    ("--steps", "2", "--devices", "2"),
+    pytest.param(("--size", "tiny_sdxl_lora", "--cached"), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_torch_takes_the_same_steps(options):
+    """From equal weights and draws, an example on each device of ours; and an SDXL's LoRA.
 
     The second step's loss tells of the update before it.
     """
     done = subprocess.run(
         [
             sys.executable, "benchmarks/train_step.py", "--impl", "torch", "jax", "--batch", "2",
-            "--repeat", "1", "--steps", "2", "--devices", "2",
+            "--repeat", "1", *options,
         ],
         cwd=ROOT, text=True, capture_output=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
