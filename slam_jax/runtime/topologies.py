@@ -103,14 +103,6 @@ def devices(name: str, attention: str = "xla") -> list[jax.Device]:
     return _tpus(name)
 
 
-def _version(package: str) -> str:
-    """Of a package that is installed, else ""."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def kernel(name: str) -> str:
     """What computes attention on such devices, as a config names it."""
     return "cudnn" if name.partition(":")[0] in _GPUS else "flash"
@@ -124,6 +116,14 @@ def options(platform: str) -> dict:
 def versions() -> list[str]:
     """Of all packages that compile, on which plans depend."""
     return [_version(package) for package in ("jax", "jaxlib", "libtpu", *_CUDA, *_CUDNN)]
+
+
+def _version(package: str) -> str:
+    """Of a package that is installed, else ""."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _tpus(name: str) -> list[jax.Device]:
