@@ -68,23 +68,23 @@ def hosts_flags() -> Callable[[], tuple[str | None, int | None, int | None]]:
     return lambda: tuple(holder.value for holder in holders)
 
 
-def network_flags(dtypes: Iterable[str], kernels: Iterable[str]) -> Callable[[], dict[str, str]]:
-    """Defines the flags of how networks draw; their values by name once they are parsed.
+def network_flags(kernels: Iterable[str]) -> Callable[[], dict[str, str]]:
+    """Defines the flags of how networks draw; once they are parsed, "dtype" and "attention".
 
-    dtypes, kernels: what may be chosen, the default first.
+    kernels: what may compute attention, the default first.
     """
-    dtypes, kernels = list(dtypes), list(kernels)
+    kernels = list(kernels)
     holders = (
-        flags.DEFINE_enum(
-            "dtype", dtypes[0], dtypes, "What networks compute in: half precision takes half the "
-            "memory and, on GPUs and TPUs, less time.", allow_override=True,
+        flags.DEFINE_string(
+            "compute_dtype", "float32", "What networks compute in: in half precision they take "
+            "half the memory and, on GPUs and TPUs, less time.", allow_override=True,
         ),
         flags.DEFINE_enum(
             "attention", kernels[0], kernels, "How the UNet's attention is computed: by XLA, by a "
             "kernel for TPUs, or by cuDNN on NVIDIA GPUs, in half precision.", allow_override=True,
         ),
     )  # fmt: skip
-    return lambda: {holder.name: holder.value for holder in holders}
+    return lambda: dict(zip(("dtype", "attention"), (each.value for each in holders), strict=True))
 
 
 def _parse(argv: list[str], required: tuple[str, ...]) -> list[str]:

@@ -65,9 +65,10 @@ def start(
     in which it computes. attention: how the UNet's is computed, as in a config; UserError if that
     is not for the devices. devices: along one axis, "data"; the first of this machine unless given.
     """
+    at_rest = pipeline.at_rest(pipeline.dtype(dtype))
     devices = mesh.make((("data", -1),), jax.devices()[:1]) if devices is None else devices
     apart.check_attention(attention, devices)
-    at_rest, everywhere = pipeline.at_rest(pipeline.dtype(dtype)), mesh.replicated(devices)
+    everywhere = mesh.replicated(devices)
     model = pretrained.load(
         model, place=lambda path, x: jax.device_put(at_rest(path, x), everywhere)
     )

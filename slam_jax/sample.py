@@ -5,7 +5,7 @@
     python -m slam_jax.sample --model runs/tiny/student --steps 2 --out out.png \
         --prompt "a green triangle left of a yellow cross"
 
-On an NVIDIA GPU of Ampere or later: --dtype=bfloat16 --attention=cudnn.
+On an NVIDIA GPU of Ampere or later: --compute_dtype=bfloat16 --attention=cudnn.
 Without --model the student draws that comes with the package; it knows two coloured shapes.
 """
 
@@ -62,7 +62,7 @@ _OUT = flags.DEFINE_string(
     "per prompt with the settings in its text chunk.",
     allow_override=True,  # other programs have a flag of that name
 )  # fmt: skip
-_NETWORKS = command.network_flags(pipeline.DTYPES, kernels.BY_NAME)
+_NETWORKS = command.network_flags(kernels.BY_NAME)
 
 _COLUMNS = 4
 
@@ -81,6 +81,7 @@ def main() -> None:
 
 def _sample(model_name: str, prompts: list[str], out: Path) -> int:
     """Writes the pictures; how many steps they were drawn in."""
+    pipeline.dtype(_NETWORKS()["dtype"])
     model = pretrained.load(hub.find(model_name, _REVISION.value, _VARIANT.value, _CONFIG.value))
     for path, scale in map(_file_and_scale, _LORA.value):
         model = lora.apply(model, path, scale)
@@ -220,7 +221,7 @@ def _settings(number: int, prompt: str, steps: int) -> str:
     """What would draw picture `number` again, as JSON."""
     given = (_REVISION, _VARIANT, _CONFIG, _LORA, _W, _SEED, _NOISE, _INIT_IMAGE, _STRENGTH)
     values = {flag.name: flag.value for flag in given if flag.value not in (None, "", [])}
-    values |= _NETWORKS()
+    values |= {"compute_dtype": _NETWORKS()["dtype"], "attention": _NETWORKS()["attention"]}
     model, _ = embedded.named(_MODEL.value)
     about = {"prompt": prompt, "number": number, "steps": steps, "model": model}
     return json.dumps({**about, **values})

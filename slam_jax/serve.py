@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import UInt8
 
-from slam_jax import command, drawing_queue, interactive, live_page, pipeline
+from slam_jax import command, drawing_queue, interactive, live_page
 from slam_jax.drawing_queue import Wanted
 from slam_jax.errors import UserError
 from slam_jax.nets import kernels
@@ -44,7 +44,7 @@ _PORT = flags.DEFINE_integer(
 )
 _BATCH = flags.DEFINE_enum("batch", "4", ["1", "2", "4", "8", "16"], "Pictures drawn at once.")
 _WAITING = flags.DEFINE_integer("waiting", 64, "Pictures that may wait; more are refused.")
-_NETWORKS = command.network_flags(pipeline.DTYPES, kernels.BY_NAME)
+_NETWORKS = command.network_flags(kernels.BY_NAME)
 
 _EXAMPLE = "a red circle above a blue square"
 _STUDENT_STEPS = (1, 2, 4, 8)

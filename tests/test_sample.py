@@ -179,7 +179,7 @@ def test_a_folder_gets_numbered_pictures_with_their_settings(student, noise, tmp
             settings = json.loads(picture.text["slam_jax"])
         assert settings["prompt"] == prompt and settings["steps"] == STEPS
         assert settings["model"] == str(student) and settings["number"] == int(path.stem)
-        assert (settings["dtype"], settings["attention"]) == ("float32", "xla")
+        assert (settings["compute_dtype"], settings["attention"]) == ("float32", "xla")
 
 
 def test_attention_of_other_devices_is_refused(noise, tmp_path, monkeypatch):
@@ -187,6 +187,10 @@ def test_attention_of_other_devices_is_refused(noise, tmp_path, monkeypatch):
         _run(tmp_path, monkeypatch, "--attention=flash")
     flags.FLAGS.unparse_flags()
     flags.FLAGS["attention"].unparse()
+    with pytest.raises(UserError, match="dtype 'int8' is not one of float32, bfloat16"):
+        _run(tmp_path, monkeypatch, "--compute_dtype=int8")
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS["compute_dtype"].unparse()
 
 
 def test_images_do_not_depend_on_batches_and_devices(tiny_folder, tmp_path, monkeypatch):
