@@ -230,6 +230,22 @@ def _flops(function, *shapes):
     return flops.count(jax.jit(function).trace(*inputs).jaxpr.jaxpr)
 
 
+def test_overhead_prints_what_shows_beside_a_device():
+    done = subprocess.run(
+        [
+            sys.executable, "benchmarks/overhead.py", "--size", "tiny", "--batch", "4",
+            "--repeat", "20", "--device_ms", "50",
+        ],
+        cwd=ROOT, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["program"] == "overhead" and line["arrays"] > 800
+    # As long as the device's loop, which was timed beforehand on whatever else runs here.
+    assert 5 < line["ms"] < 1000
+    assert line["share_shown"] == pytest.approx(line["ms"] / 50 - 1, abs=1e-3)
+
+
 def test_compile_prints_what_a_later_process_spares(tmp_path, tiny_folder):
     config = tmp_path / "small.py"
     config.write_text(

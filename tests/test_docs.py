@@ -73,6 +73,7 @@ PLACES = (
     ),
     (r"python benchmarks/data\.py", "tests/test_benchmarks.py::test_data_prints_a_line"),
     (r"python benchmarks/checkpoint\.py", "tests/test_benchmarks.py::test_checkpoint_prints_what"),
+    (r"python benchmarks/overhead\.py", "tests/test_benchmarks.py::test_overhead_prints_what"),
     (r"python benchmarks/compile\.py", "tests/test_benchmarks.py::test_compile_prints_what"),
     (r"python benchmarks/gaussian", "tests/test_benchmarks.py::test_gaussian_mixture_prints"),
     (
