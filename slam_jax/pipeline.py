@@ -39,16 +39,14 @@ Prompts = Mapping[str, Any]
 
 # What diffusers takes for a vae/config.json without the key, as Stable Diffusion 1.x has it.
 _SCALING_FACTOR = 0.18215
-# What networks may compute in.
-DTYPES = ("float32", "bfloat16")
 # Layers of the UNet that compute in float32 whatever the dtype of the rest.
 _OF_TIMES = {"time_embedding", "add_embedding"}
 
 
 def dtype(name: str) -> DTypeLike:
     """The compute dtype of that name."""
-    if name not in DTYPES:
-        raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype {name!r} is not one of float32, bfloat16")
     return jnp.dtype(name)
 
 

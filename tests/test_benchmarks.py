@@ -345,18 +345,25 @@ echo "{{\\"program\\": \\"$*\\"}}"
 """
 
 
-def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
-    interpreter = tmp_path / "python"
-    interpreter.write_text(INTERPRETER.format(python=sys.executable))
-    interpreter.chmod(0o755)
+def _gpu_script(folder, interpreter, device):
+    """It run with that interpreter: how it ended, the line of what failed, and what it wrote."""
+    python = folder / "python"
+    python.write_text(interpreter.format(python=sys.executable))
+    python.chmod(0o755)
     done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "PYTHON": str(interpreter), "SIZE": "tiny", "DEVICE_NAME": "Some GPU 9"},
+        ["bash", "benchmarks/gpu.sh", str(folder)], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "PYTHON": str(python), "SIZE": "tiny", "DEVICE_NAME": device},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    (results,) = folder.glob("*.jsonl")
+    return failure, results
+
+
+def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
+    failure, results = _gpu_script(tmp_path, INTERPRETER, "Some GPU 9")
     assert "train_step" in failure and failure.endswith("torch torch_compile: out of memory")
-    (results,) = tmp_path.glob("*-some-gpu-9.jsonl")
+    assert results.name.endswith("-some-gpu-9.jsonl")
     commands = [json.loads(line)["program"] for line in results.read_text().splitlines()]
     kinds = collections.Counter(pathlib.PurePath(each.split()[0]).stem for each in commands)
     assert kinds == {"peak": 1, "train_step": 3, "sampler": 8, "overhead": 1, "compile": 1}
@@ -367,17 +374,9 @@ def test_gpu_script_goes_on_where_a_run_fails(tmp_path):
 
 
 def test_gpu_script_keeps_to_xla_where_cudnn_fails(tmp_path):
-    interpreter = tmp_path / "python"
     fails = INTERPRETER.replace("train_step*torch", "cudnn").replace("out of memory", "no cuDNN")
-    interpreter.write_text(fails.format(python=sys.executable))
-    interpreter.chmod(0o755)
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "PYTHON": str(interpreter), "SIZE": "tiny", "DEVICE_NAME": "gpu"},
-    )  # fmt: skip
-    (failure,) = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    failure, results = _gpu_script(tmp_path, fails, "gpu")
     assert failure.endswith("--attention cudnn: no cuDNN")
-    (results,) = tmp_path.glob("*-gpu.jsonl")
     assert "cudnn" not in results.read_text() and results.read_text().count("sampler") == 8
 
 
